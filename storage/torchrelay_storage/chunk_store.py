@@ -1,0 +1,382 @@
+"""The hot table, whole: chunks announced, claimed, handed back, rescued, expired.
+
+Every move is one fenced statement over many rows (`states.CHUNK_MOVES`). Not here: what moves jobs (`job_store`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, Row, bindparam, text
+
+from torchrelay_storage.database import Database
+from torchrelay_storage.settle import Moved, part, settle, slices
+from torchrelay_storage.states import ChunkState
+from torchrelay_storage.turns import advance
+
+RESCUE_SLICE = 200
+EXPIRE_SLICE = 200
+
+_NOT_PAUSED = """
+    AND NOT EXISTS (SELECT 1 FROM models m WHERE m.id = c.model AND m.paused)
+    AND (c.batch IS NULL OR NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = c.batch AND b.paused))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A chunk whose id is to be sent through Redis."""
+
+    chunk: int
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDue:
+    """A model and whether it has chunks that wait to be announced, or that were announced and not claimed."""
+
+    model: int
+    name: str
+    waiting: bool
+    announced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedJob:
+    """An open job of a claimed chunk. `input` is encoded as in `values`."""
+
+    id: int
+    input: bytes
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A chunk that a worker holds, with the token that its writes must show."""
+
+    chunk: int
+    token: int
+    model: int
+    version: int
+    batch: int | None
+    priority: int
+    timeout: float | None  # seconds
+    max_attempts: int
+    jobs: tuple[ClaimedJob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the database says a worker holds. `cancelled` grows when jobs of the chunk were cancelled."""
+
+    chunk: int
+    token: int
+    cancelled: int
+
+
+def _chunks(statement: str) -> Any:
+    return text(statement).bindparams(bindparam("chunks", expanding=True))
+
+
+_READ_JOBS = _chunks("""
+    SELECT j.id, j.chunk, j.input, j.failures
+    FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
+    WHERE c.id IN :chunks AND j.state = 0 ORDER BY j.id
+""")
+
+_OPEN_JOBS = _chunks("""
+    SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
+    WHERE c.id IN :chunks AND j.state = 0 ORDER BY j.id
+""")
+
+_EXPIRE_JOBS = _chunks("""
+    UPDATE jobs SET state = 4, finished_at = :now FROM chunks c
+    WHERE c.id IN :chunks AND jobs.id BETWEEN c.first_id AND c.last_id AND jobs.chunk = c.id AND jobs.state = 0
+""")
+
+
+class ChunkStore:
+    """The moves of chunks."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        d = database.dialect
+        claimed = "c.id, c.token, c.model, c.version, c.batch, c.priority, c.timeout, c.max_attempts"
+        returning = claimed.replace("c.", "")
+        self._ripen = text("UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= :now")
+        self._next = text(f"""
+            SELECT c.id, c.priority, c.turn FROM chunks c
+            WHERE c.state = 0 AND c.due AND c.model = :model AND c.priority >= :least
+              AND (c.expires_at IS NULL OR c.expires_at > :now) {_NOT_PAUSED}
+            ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
+        """)
+        self._announce = _chunks(
+            "UPDATE chunks SET state = 1, announced_at = :now WHERE id IN :chunks AND state = 0 RETURNING id"
+        )
+        self._overdue = text(f"""
+            SELECT c.id, c.priority FROM chunks c
+            WHERE c.state = 1 AND c.model = :model AND c.announced_at <= :before {_NOT_PAUSED}
+            ORDER BY c.announced_at LIMIT :limit {d.skip_locked}
+        """)
+        self._again = _chunks("UPDATE chunks SET announced_at = :now WHERE id IN :chunks AND state = 1 RETURNING id")
+        self._claimable = _chunks(f"""
+            SELECT c.id FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
+              AND (c.expires_at IS NULL OR c.expires_at > :now) {_NOT_PAUSED} ORDER BY c.id {d.skip_locked}
+        """)
+        # One state and model at a time, so that an index gives the order: there may be a million that wait.
+        self._claimable_next = [
+            text(f"""
+                SELECT c.id FROM chunks c
+                WHERE c.state = {state:d} AND c.due AND c.model = :model
+                  AND (c.expires_at IS NULL OR c.expires_at > :now) {_NOT_PAUSED}
+                ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
+            """)
+            for state in (ChunkState.ANNOUNCED, ChunkState.WAITING)
+        ]
+        self._claim = _chunks(f"""
+            UPDATE chunks SET state = 2, token = token + 1, worker = :worker, claimed_at = :now
+            WHERE id IN :chunks AND state IN (0, 1) RETURNING {returning}
+        """)
+        self._stale = text(f"""
+            SELECT c.id, c.batch, c.max_attempts, c.worker FROM chunks c
+            WHERE c.state = 2 AND NOT EXISTS (
+                SELECT 1 FROM workers w WHERE w.id = c.worker AND w.stopped_at IS NULL AND w.beat_at > :before)
+            ORDER BY c.id LIMIT :limit {d.skip_locked}
+        """)
+        self._too_late = text(f"""
+            SELECT c.id, c.batch FROM chunks c
+            WHERE c.state < 2 AND c.expires_at IS NOT NULL AND c.expires_at <= :now
+            ORDER BY c.id LIMIT :limit {d.skip_locked}
+        """)
+
+    # --- announce -----------------------------------------------------------------------------------------
+
+    def announce(self, model: int, room: Mapping[int, int]) -> list[Announced]:
+        """Move waiting chunks whose time has come to `announced`, in the order of priority, then turn.
+
+        Args:
+            room: by priority 0 to 9, how many more chunks of that priority or a higher one may be announced.
+
+        Returns:
+            What was announced. It is committed: whoever dies before sending it leaves it to `announce_again`.
+        """
+        limit = max(room.values(), default=0)
+        if limit <= 0:
+            return []
+        least = min(p for p, n in room.items() if n > 0)
+
+        def work(connection: Connection) -> list[Announced]:
+            now = self._db.clock(connection)
+            connection.execute(self._ripen, {"now": now})
+            rows = connection.execute(self._next, {"model": model, "least": least, "limit": limit, "now": now}).all()
+            chosen: list[Row[Any]] = []
+            for row in rows:  # most urgent first, so what is chosen so far is what is as urgent or more
+                if len(chosen) < room.get(row.priority, 0):
+                    chosen.append(row)
+            if not chosen:
+                return []
+            moved = set(connection.execute(self._announce, {"chunks": [r.id for r in chosen], "now": now}).scalars())
+            announced = [row for row in chosen if row.id in moved]
+            latest: dict[int, int] = {}
+            for row in announced:
+                latest[row.priority] = max(row.turn, latest.get(row.priority, 0))
+            advance(connection, model, latest)
+            return [Announced(row.id, row.priority) for row in announced]
+
+        return self._db.transact(work)
+
+    def announce_again(self, model: int, older_than: float, limit: int) -> list[Announced]:
+        """Return chunks announced more than `older_than` seconds ago and not claimed, to be sent once more."""
+
+        def work(connection: Connection) -> list[Announced]:
+            now = self._db.clock(connection)
+            rows = connection.execute(self._overdue, {"model": model, "before": now - older_than, "limit": limit}).all()
+            if not rows:
+                return []
+            moved = set(connection.execute(self._again, {"chunks": [r.id for r in rows], "now": now}).scalars())
+            return [Announced(row.id, row.priority) for row in rows if row.id in moved]
+
+        return self._db.transact(work)
+
+    def due_models(self) -> list[ModelDue]:
+        """Return the models that have something to announce or to announce again."""
+        statement = text("""
+            SELECT m.id, m.name,
+                   EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND c.due AND c.model = m.id)
+                   OR EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND NOT c.due AND c.not_before <= :now
+                              AND c.model = m.id) AS waiting,
+                   EXISTS (SELECT 1 FROM chunks c WHERE c.state = 1 AND c.model = m.id) AS announced
+            FROM models m WHERE NOT m.paused
+        """)
+
+        def work(connection: Connection) -> list[ModelDue]:
+            rows = connection.execute(statement, {"now": self._db.clock(connection)})
+            return [
+                ModelDue(r.id, r.name, bool(r.waiting), bool(r.announced)) for r in rows if r.waiting or r.announced
+            ]
+
+        return self._db.query(work)
+
+    # --- claim --------------------------------------------------------------------------------------------
+
+    def claim(self, chunks: Sequence[int], worker: int) -> list[Claimed]:
+        """Claim chunks and read their open jobs, in one transaction.
+
+        What is cancelled, expired, paused, not due, or claimed by another is not returned.
+        """
+
+        def work(connection: Connection) -> list[Claimed]:
+            now = self._db.clock(connection)
+            free = list(connection.execute(self._claimable, {"chunks": list(chunks), "now": now}).scalars())
+            return self._take(connection, free, worker, now)
+
+        return self._db.transact(work)
+
+    def claim_next(self, models: Sequence[int], worker: int, limit: int) -> list[Claimed]:
+        """Claim the next chunks of these models straight from SQL: how work goes on while Redis is away."""
+        if not models:
+            return []
+
+        def work(connection: Connection) -> list[Claimed]:
+            now = self._db.clock(connection)
+            connection.execute(self._ripen, {"now": now})
+            found: list[int] = []
+            for statement in self._claimable_next:
+                for model in models:
+                    if len(found) < limit:
+                        row = {"model": model, "limit": limit - len(found), "now": now}
+                        found.extend(connection.execute(statement, row).scalars())
+            return self._take(connection, found, worker, now)
+
+        return self._db.transact(work)
+
+    def _take(self, connection: Connection, chunks: list[int], worker: int, now: float) -> list[Claimed]:
+        if not chunks:
+            return []
+        rows = connection.execute(self._claim, {"chunks": chunks, "worker": worker, "now": now}).all()
+        jobs: dict[int, list[ClaimedJob]] = {row.id: [] for row in rows}
+        for job, chunk, data, failures in connection.execute(_READ_JOBS, {"chunks": list(jobs)}):
+            jobs[chunk].append(ClaimedJob(job, data, failures))
+        taken = [Claimed(*tuple(row), jobs=tuple(jobs[row.id])) for row in rows]
+        return sorted(taken, key=lambda c: (-c.priority, c.chunk))
+
+    def hand_back(self, holds: Sequence[tuple[int, int]], worker: int) -> int:
+        """Let claimed chunks wait again, where the worker still holds them with this token. Spends nobody's attempts.
+
+        Args:
+            holds: (chunk, token) pairs.
+
+        Returns:
+            How many chunks went back.
+        """
+        statement = text("""
+            UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, announced_at = NULL
+            WHERE id = :chunk AND token = :token AND worker = :worker AND state = 2
+        """)
+        if not holds:
+            return 0
+        rows = [{"chunk": chunk, "token": token, "worker": worker} for chunk, token in sorted(holds)]
+
+        def work(connection: Connection) -> int:
+            return sum(connection.execute(statement, row).rowcount for row in rows)
+
+        return self._db.transact(work)
+
+    def held(self, worker: int) -> list[Held]:
+        """Return the chunks that the database says this worker holds."""
+        statement = text("SELECT id, token, cancelled FROM chunks WHERE state = 2 AND worker = :worker ORDER BY id")
+
+        def work(connection: Connection) -> list[Held]:
+            return [Held(*row) for row in connection.execute(statement, {"worker": worker})]
+
+        return self._db.query(work)
+
+    def open_jobs(self, chunks: Sequence[int]) -> set[int]:
+        """Return which jobs of these chunks are still open."""
+
+        def work(connection: Connection) -> set[int]:
+            return {
+                job for run in slices(chunks) for job in connection.execute(_OPEN_JOBS, {"chunks": list(run)}).scalars()
+            }
+
+        return self._db.query(work)
+
+    # --- maintenance --------------------------------------------------------------------------------------
+
+    def rescue(self, stale_after: float, limit: int = RESCUE_SLICE) -> Moved:
+        """Let the chunks of workers that are stopped, gone or silent for `stale_after` seconds wait again.
+
+        A chunk with several open jobs comes back in halves, so that a job that takes its worker down is alone at
+        last; a job that was alone is blamed: one more failure, of type WorkerLost.
+        """
+
+        def work(connection: Connection) -> Moved:
+            now = self._db.clock(connection)
+            rows = connection.execute(self._stale, {"before": now - stale_after, "limit": limit}).all()
+            count = 0
+            for row in rows:
+                suspects = list(connection.execute(_OPEN_JOBS, {"chunks": [row.id]}).scalars())
+                count += len(suspects)
+                self._free(connection, row.id)
+                if len(suspects) == 1:
+                    self._blame(connection, row, suspects[0], now)
+                elif suspects:
+                    second = suspects[len(suspects) // 2 :]
+                    half = part(connection, row.id, second)
+                    connection.execute(
+                        text("UPDATE jobs SET chunk = :half WHERE id BETWEEN :first AND :last AND chunk = :chunk "
+                             "AND state = 0"),
+                        {"half": half, "first": second[0], "last": second[-1], "chunk": row.id},
+                    )  # fmt: skip
+            chunks = [row.id for row in rows]
+            settle(connection, chunks, now)
+            return Moved(count, tuple(chunks), tuple({row.batch for row in rows if row.batch is not None}))
+
+        return self._db.transact(work)
+
+    def _free(self, connection: Connection, chunk: int) -> None:
+        connection.execute(
+            text("UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, "
+                 "announced_at = NULL WHERE id = :chunk AND state = 2"),
+            {"chunk": chunk},
+        )  # fmt: skip
+
+    def _blame(self, connection: Connection, row: Row[Any], job: int, now: float) -> None:
+        name = connection.execute(text("SELECT name FROM workers WHERE id = :id"), {"id": row.worker}).scalar()
+        error = orjson.dumps({
+            "type": "WorkerLost",
+            "message": f"worker {name or row.worker} was lost while it ran this job, and nothing else was to blame",
+        })  # fmt: skip
+        connection.execute(
+            text("UPDATE jobs SET failures = failures + 1, error = :error, "
+                 "state = CASE WHEN failures + 1 >= :most THEN 2 ELSE 0 END, "
+                 "finished_at = CASE WHEN failures + 1 >= :most THEN :now ELSE NULL END "
+                 "WHERE id = :job AND state = 0"),
+            {"error": error, "most": row.max_attempts, "now": now, "job": job},
+        )  # fmt: skip
+        connection.execute(text("UPDATE chunks SET retrying = true WHERE id = :chunk"), {"chunk": row.id})
+
+    def expire(self, limit: int = EXPIRE_SLICE) -> Moved:
+        """End the jobs that were not started in time."""
+
+        def work(connection: Connection) -> Moved:
+            now = self._db.clock(connection)
+            rows = connection.execute(self._too_late, {"now": now, "limit": limit}).all()
+            if not rows:
+                return Moved()
+            chunks = [row.id for row in rows]
+            count = connection.execute(_EXPIRE_JOBS, {"chunks": chunks, "now": now}).rowcount
+            settle(connection, chunks, now)
+            return Moved(count, tuple(chunks), tuple({row.batch for row in rows if row.batch is not None}))
+
+        return self._db.transact(work)
+
+    def recall(self, *, model: int | None = None, batch: int | None = None) -> int:
+        """Let what was announced wait again: after a pause, whose messages workers have thrown away."""
+        which = "model = :id" if model is not None else "batch = :id"
+        statement = text(f"UPDATE chunks SET state = 0, announced_at = NULL WHERE state = 1 AND {which}")
+        scope = {"id": model if model is not None else batch}
+        return self._db.transact(lambda connection: connection.execute(statement, scope).rowcount)

@@ -1,0 +1,224 @@
+"""One database: its engine, its clock, its transactions with transient faults retried, its schema's revision.
+
+Not here: any statement about jobs (the stores), and what the two databases do differently (`sqlite`, `postgresql`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeAlias, TypeVar
+
+import tenacity
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+from sqlalchemy import Connection, Engine, select, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
+
+from torchrelay_storage.errors import InvalidInput, SchemaMismatch, Unreachable
+from torchrelay_storage.postgresql import Postgresql
+from torchrelay_storage.schema import compatibility
+from torchrelay_storage.sqlite import Sqlite
+
+T = TypeVar("T")
+
+JobTuple: TypeAlias = tuple[int, int, int | None, bytes, bytes | None]  # id, chunk, batch, input, metadata
+FinishRow: TypeAlias = tuple[int, int, int, bytes | None, bytes | None, int]  # id, chunk, end, output, error, failed
+
+# A deadlock or a locked file is over in a moment; a database that restarts is back in a few seconds.
+RETRY_SECONDS = 8.0
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Dialect(Protocol):
+    """What differs between the databases. `now`, `lock` and the like are SQL."""
+
+    name: str
+    now: str
+    lock: str
+    skip_locked: str
+    json_text: str
+
+    def engine(self, url: URL, pool_size: int) -> Engine: ...
+    def is_transient(self, error: BaseException) -> bool: ...
+    def is_unreachable(self, error: BaseException) -> bool: ...
+    def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None: ...
+    def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int: ...
+
+
+class Database:
+    """A SQLite file or a PostgreSQL database, by URL (`sqlite:///path`, `postgresql://user:password@host/name`).
+
+    Thread-safe; a forked child gets connections of its own. Raises InvalidInput for a URL that is neither.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise InvalidInput("the database's URL cannot be read; one looks like sqlite:///torchrelay.db or "
+                               "postgresql://user:password@host/name") from error  # fmt: skip
+        kind = parsed.get_backend_name()
+        if kind not in ("sqlite", "postgresql"):
+            raise InvalidInput(f"torchrelay keeps its jobs in SQLite or PostgreSQL, not in {kind!r}")
+        if kind == "sqlite" and parsed.database not in (None, "", ":memory:"):
+            try:
+                Path(str(parsed.database)).expanduser().parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Unreachable(f"the folder of the database {parsed.database} cannot be made: {error}") from error
+        self.url = parsed
+        self.is_sqlite = kind == "sqlite"
+        self.dialect: Dialect = Sqlite() if self.is_sqlite else Postgresql()
+        self.engine = self.dialect.engine(parsed, pool_size)
+        os.register_at_fork(after_in_child=lambda: self.engine.dispose(close=False))
+
+    # --- transactions -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that commits at the end of the block. Nothing is retried."""
+        with self._named_errors(), self.engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A transaction for reading. Nothing is retried."""
+        with self._named_errors(), self.engine.connect().execution_options(torchrelay_read=True) as connection:
+            yield connection
+
+    def transact(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction, anew where a transient fault ended it, and return what it returned.
+
+        Raises:
+            Unreachable: the database could not be had for RETRY_SECONDS.
+        """
+        return self._retried(lambda: self._begin(work))
+
+    def query(self, work: Callable[[Connection], T]) -> T:
+        """Run `work`, which only reads; retried and raising as `transact`."""
+        return self._retried(lambda: self._look(work))
+
+    def _begin(self, work: Callable[[Connection], T]) -> T:
+        with self.engine.begin() as connection:
+            return work(connection)
+
+    def _look(self, work: Callable[[Connection], T]) -> T:
+        with self.engine.connect().execution_options(torchrelay_read=True) as connection:
+            return work(connection)
+
+    def _retried(self, call: Callable[[], T]) -> T:
+        try:
+            return call()  # the usual case pays for no retry machinery
+        except DBAPIError as error:
+            if not self._is_transient(error):
+                with self._named_errors():
+                    raise
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(self._is_transient),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+            stop=tenacity.stop_after_delay(RETRY_SECONDS),
+            reraise=True,
+        )
+        with self._named_errors():
+            return attempts(call)
+
+    def _is_transient(self, error: BaseException) -> bool:
+        return isinstance(error, DBAPIError) and error.orig is not None and self.dialect.is_transient(error.orig)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            if error.orig is not None and self.dialect.is_unreachable(error.orig):
+                raise Unreachable(f"the database {self.safe_url} does not answer: {_first_line(error.orig)}") from error
+            if isinstance(error, OperationalError | ProgrammingError) and _is_missing_table(error):
+                raise SchemaMismatch(
+                    f"the database {self.safe_url} has no torchrelay tables yet; run `torchrelay db upgrade`"
+                ) from error
+            raise
+
+    # --- the clock ----------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Seconds since 1970 on the database's clock: the only clock that machines share."""
+        return self.query(self.clock)
+
+    def clock(self, connection: Connection) -> float:
+        """The same inside a transaction."""
+        return float(connection.exec_driver_sql(f"SELECT {self.dialect.now}").scalar_one())
+
+    @property
+    def safe_url(self) -> str:
+        """The URL without its password."""
+        return self.url.render_as_string(hide_password=True)
+
+    def dispose(self) -> None:
+        """Close the connections that nobody uses."""
+        self.engine.dispose()
+
+    # --- the schema's revision ----------------------------------------------------------------------------
+
+    def revision(self) -> tuple[str | None, str]:
+        """Return the revision that the database has (None: no tables yet) and the one that this code was made for."""
+        head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+        assert head is not None
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision(), head
+
+    def upgrade(self) -> None:
+        """Bring the schema to this code's revision. Two at once: one does it, the other waits and finds it done."""
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        with self.write() as connection:
+            if not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(7470117)"))
+            config.attributes["connection"] = connection
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                current = MigrationContext.configure(connection).get_current_revision()
+                raise SchemaMismatch(_TOO_NEW.format(self.safe_url, current)) from error
+
+    def check(self) -> None:
+        """Raise SchemaMismatch if this code cannot run on the database's schema; the message says which to upgrade."""
+        current, head = self.revision()
+        if current == head:
+            return
+        if current is None:
+            raise SchemaMismatch(
+                f"the database {self.safe_url} has no torchrelay tables yet; run `torchrelay db upgrade`"
+            )
+        scripts = ScriptDirectory(str(MIGRATIONS))
+        known = {script.revision for script in scripts.walk_revisions()}
+        if current in known:
+            raise SchemaMismatch(
+                f"the database {self.safe_url} is at schema {current}, older than this code, which needs {head}; "
+                "upgrade the database with `torchrelay db upgrade`"
+            )
+        with self.read() as connection:
+            oldest = connection.execute(select(compatibility.c.oldest)).scalar()
+        if oldest not in known:
+            raise SchemaMismatch(_TOO_NEW.format(self.safe_url, current))
+
+
+_TOO_NEW = (
+    "the database {0} is at schema {1}, which this code does not know: it was upgraded by a newer release; "
+    "upgrade torchrelay on this machine"
+)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_missing_table(error: DBAPIError) -> bool:
+    message = str(error.orig)
+    return "no such table" in message or ("relation" in message and "does not exist" in message)

@@ -1,0 +1,126 @@
+"""Every error that torchrelay raises on purpose. Says what happened, to which job, and what to do.
+
+RelayError
+├── InvalidInput            what was passed cannot be stored or run; nothing was enqueued
+│   └── KeyConflict         the key is taken by another input
+├── NotFound
+│   ├── JobNotFound
+│   ├── BatchNotFound
+│   └── ModelNotFound
+├── JobFailed               the job ran, and its last attempt failed
+├── JobCancelled
+├── JobExpired              it was not started within its `expires_in`
+├── WaitTimeout             the wait is over, the job is not (also a TimeoutError)
+├── QueueFull               the model takes no more jobs for now
+├── Unreachable             the database, Redis or the object store does not answer
+├── SchemaMismatch          the database's schema and this code do not fit
+└── Corrupt                 stored bytes are not what was recorded
+"""
+
+from __future__ import annotations
+
+
+class RelayError(Exception):
+    """The base of all errors of torchrelay."""
+
+
+class InvalidInput(RelayError):
+    """An input or an option is refused. Raised by the client before anything is stored, and by `Model.preprocess`."""
+
+
+class KeyConflict(InvalidInput):
+    """The key belongs to a job or batch with another input.
+
+    Attributes:
+        key: the key that was passed.
+        job: the shown id of the job (or batch) that has it.
+    """
+
+    def __init__(self, key: str, job: str) -> None:
+        super().__init__(
+            f"the key {key!r} belongs to {job}, which was submitted with another input; "
+            "use another key, or submit the same input to get that job back"
+        )
+        self.key = key
+        self.job = job
+
+
+class NotFound(RelayError):
+    """What was asked for does not exist, or no longer."""
+
+
+class JobNotFound(NotFound):
+    """No job has this id: it never existed, or retention has purged it."""
+
+
+class BatchNotFound(NotFound):
+    """No batch has this id: it never existed, or retention has purged it."""
+
+
+class ModelNotFound(NotFound):
+    """No registered model has this name or version."""
+
+
+class _JobEnded(RelayError):
+    def __init__(self, job: str, message: str) -> None:
+        super().__init__(message)
+        self.job = job
+
+
+class JobFailed(_JobEnded):
+    """The job failed for good.
+
+    Attributes:
+        job: the job's shown id.
+        kind: the name of the error's type in the worker, such as `InvalidInput`, `Timeout` or `ValueError`.
+        message: that error's text.
+        traceback: the end of its traceback, where there was one.
+    """
+
+    def __init__(self, job: str, kind: str, message: str, traceback: str | None = None) -> None:
+        super().__init__(job, f"job {job} failed with {kind}: {message}")
+        self.kind = kind
+        self.message = message
+        self.traceback = traceback
+
+
+class JobCancelled(_JobEnded):
+    """The job was cancelled and has no result."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job, f"job {job} was cancelled; `retry` runs it after all")
+
+
+class JobExpired(_JobEnded):
+    """The job was not started before its `expires_in` ran out."""
+
+    def __init__(self, job: str) -> None:
+        super().__init__(job, f"job {job} expired before a worker could start it; add workers, or retry it")
+
+
+class WaitTimeout(RelayError, TimeoutError):
+    """The time given to a wait ran out; the job goes on."""
+
+
+class QueueFull(RelayError):
+    """The model's queue is at its limit.
+
+    Attributes:
+        retry_after: seconds after which another try makes sense.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unreachable(RelayError):
+    """A part that is needed does not answer."""
+
+
+class SchemaMismatch(RelayError):
+    """The database's schema and this code do not fit; the message says which side to upgrade."""
+
+
+class Corrupt(RelayError):
+    """Stored bytes or weights are not what was recorded about them."""

@@ -1,0 +1,149 @@
+"""Who works: one row an incarnation of a worker, beating on the database's clock; and leases, held by one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection, text
+
+from torchrelay_storage.database import Database
+from torchrelay_storage.ids import draw
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """An incarnation: a process that starts anew under the same name is another one."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """What is known of a worker.
+
+    Attributes:
+        models: the names it serves; None: all.
+        alive: it has beaten lately and is not stopped.
+        stats: what it reports of itself, such as `{"models": {"digits": {"chunks_per_s": 12.5}}}`.
+    """
+
+    id: int
+    name: str
+    host: str
+    pid: int
+    device: str
+    models: tuple[str, ...] | None
+    stats: Mapping[str, Any]
+    started_at: float
+    beat_at: float
+    stopped_at: float | None
+    alive: bool
+    beat_age: float  # seconds since the last beat
+
+
+class Fleet:
+    """Workers' rows and leases."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+
+    def register(self, name: str, *, host: str, pid: int, device: str, models: Sequence[str] | None = None) -> Worker:
+        """Add an incarnation, alive from now."""
+        statement = text("""
+            INSERT INTO workers (id, name, host, pid, device, models, started_at, beat_at)
+            VALUES (:id, :name, :host, :pid, :device, :models, :now, :now)
+        """)
+        worker = Worker(draw(), name)
+
+        def work(connection: Connection) -> None:
+            connection.execute(
+                statement,
+                {"id": worker.id, "name": name, "host": host, "pid": pid, "device": device,
+                 "models": orjson.dumps(list(models)).decode() if models is not None else None,
+                 "now": self._db.clock(connection)},
+            )  # fmt: skip
+
+        self._db.transact(work)
+        return worker
+
+    def beat(self, worker: int, stats: Mapping[str, Any] | None = None) -> bool:
+        """Say that a worker lives.
+
+        Returns:
+            False: its row is gone or stopped; it holds nothing any more and must register anew.
+        """
+        keep = ", stats = :stats" if stats is not None else ""
+        statement = text(f"UPDATE workers SET beat_at = :now{keep} WHERE id = :id AND stopped_at IS NULL")
+
+        def work(connection: Connection) -> bool:
+            row: dict[str, Any] = {"id": worker, "now": self._db.clock(connection)}
+            if stats is not None:
+                row["stats"] = orjson.dumps(dict(stats)).decode()
+            return connection.execute(statement, row).rowcount == 1
+
+        return self._db.transact(work)
+
+    def stop(self, worker: int) -> None:
+        """Say that a worker has ended: what it may still hold is rescued at once."""
+        statement = text("UPDATE workers SET stopped_at = :now WHERE id = :id AND stopped_at IS NULL")
+
+        def work(connection: Connection) -> None:
+            connection.execute(statement, {"id": worker, "now": self._db.clock(connection)})
+
+        self._db.transact(work)
+
+    def workers(self, stale_after: float) -> list[WorkerRow]:
+        """Return all incarnations on record, the newest first."""
+        statement = text("SELECT * FROM workers ORDER BY id DESC")
+
+        def work(connection: Connection) -> list[WorkerRow]:
+            now = self._db.clock(connection)
+            return [
+                WorkerRow(
+                    id=r.id, name=r.name, host=r.host, pid=r.pid, device=r.device,
+                    models=tuple(orjson.loads(r.models)) if r.models is not None else None,
+                    stats=orjson.loads(r.stats), started_at=r.started_at, beat_at=r.beat_at, stopped_at=r.stopped_at,
+                    alive=r.stopped_at is None and now - r.beat_at < stale_after, beat_age=max(0.0, now - r.beat_at),
+                )
+                for r in connection.execute(statement)
+            ]  # fmt: skip
+
+        return self._db.query(work)
+
+    def forget(self, older_than: float) -> int:
+        """Delete the rows of workers that ended or fell silent more than `older_than` seconds ago and hold nothing."""
+        statement = text("""
+            DELETE FROM workers WHERE COALESCE(stopped_at, beat_at) < :before
+              AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.state = 2 AND c.worker = workers.id)
+        """)
+
+        def work(connection: Connection) -> int:
+            return connection.execute(statement, {"before": self._db.clock(connection) - older_than}).rowcount
+
+        return self._db.transact(work)
+
+    # --- leases -------------------------------------------------------------------------------------------
+
+    def acquire(self, lease: str, holder: int, seconds: float) -> bool:
+        """Take or renew a lease for `seconds`; False: somebody else holds it."""
+        statement = text("""
+            INSERT INTO leases (name, holder, expires_at) VALUES (:name, :holder, :until)
+            ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires_at = excluded.expires_at
+            WHERE leases.holder = excluded.holder OR leases.expires_at < :now
+        """)
+
+        def work(connection: Connection) -> bool:
+            now = self._db.clock(connection)
+            row = {"name": lease, "holder": holder, "until": now + seconds, "now": now}
+            return connection.execute(statement, row).rowcount == 1
+
+        return self._db.transact(work)
+
+    def release(self, lease: str, holder: int) -> None:
+        """Give a lease back, if it is held."""
+        statement = text("DELETE FROM leases WHERE name = :name AND holder = :holder")
+        self._db.transact(lambda connection: connection.execute(statement, {"name": lease, "holder": holder}))

@@ -1,0 +1,450 @@
+"""The moves of jobs: submitted, finished, cancelled, retried. A row is written at its submit and at its end.
+
+What it inherits from `job_reader` asks about jobs. Not here: the moves of chunks (`chunk_store`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, bindparam, insert, text
+from sqlalchemy.exc import IntegrityError
+
+from torchrelay_storage import schema
+from torchrelay_storage.database import Database, FinishRow, JobTuple
+from torchrelay_storage.errors import KeyConflict
+from torchrelay_storage.ids import Kind, draw, show
+from torchrelay_storage.job_reader import JobReader
+from torchrelay_storage.options import Options
+from torchrelay_storage.registry import ModelVersion
+from torchrelay_storage.settle import MAX_CHUNK, Moved, lock, part, settle, slices
+from torchrelay_storage.states import JOB_MOVES, End
+from torchrelay_storage.turns import last_turn
+
+LONE_FLOW = 0  # lone jobs of a model share one flow
+CHUNK_BYTES = 8 << 20  # a chunk is read whole by its worker: large inputs travel in smaller company
+REDRAWS = 5  # two collisions in a row come once in 10^13 submits
+CANCEL_SLICE = 200  # chunks cancelled in one transaction
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be stored.
+
+    Attributes:
+        input: encoded as in `values`.
+        digest: sha256 of the input as encoded, before it went to the object store; needed with a key.
+        metadata: JSON.
+    """
+
+    input: bytes
+    key: str | None = None
+    digest: bytes | None = None
+    metadata: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """Jobs of one model version that share their options, and so may share chunks.
+
+    Attributes:
+        ids: the first of `len(jobs)` consecutive ids, where they were drawn before (an input in the object store lies
+            under its job's id); None: drawn here.
+    """
+
+    version: ModelVersion
+    options: Options
+    jobs: Sequence[NewJob]
+    batch: int | None = None
+    ids: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """Where a job was stored. `existed`: the key was known, with this very input; nothing was stored."""
+
+    job: int
+    chunk: int
+    existed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job of a device batch ended. OPEN: it failed and is to be tried again in `retry_in` seconds."""
+
+    job: int
+    chunk: int
+    token: int
+    end: End
+    output: bytes | None = None
+    error: bytes | None = None  # JSON: type, message, traceback
+    retry_in: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What became of a device batch's outcomes.
+
+    Attributes:
+        recorded: how many jobs were written.
+        dropped: chunks whose token was refused: another holds them now; nothing of them was written.
+        chunks, batches: whom to tell.
+    """
+
+    recorded: int
+    dropped: frozenset[int]
+    chunks: tuple[int, ...]
+    batches: tuple[int, ...]
+
+
+_COUNT_UP = text("""
+    UPDATE chunks SET succeeded = succeeded + :succeeded, failed = failed + :failed,
+        ended_at = CASE WHEN size = succeeded + failed + cancelled + expired + :n THEN :now ELSE ended_at END,
+        state = CASE WHEN size = succeeded + failed + cancelled + expired + :n THEN 3 ELSE state END
+    WHERE id = :chunk
+""")
+
+_RETRY = text("""
+    UPDATE jobs SET chunk = :new, failures = failures + 1, error = :error
+    WHERE id = :job AND chunk = :chunk AND state = 0
+""")
+
+
+class JobStore(JobReader):
+    """The moves of jobs, and the questions about them."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        locked = f"""SELECT id, token, batch FROM chunks
+            WHERE id IN :chunks AND state = 2 AND worker = :worker ORDER BY id {database.dialect.lock}"""
+        self._held = text(locked).bindparams(bindparam("chunks", expanding=True))
+
+    # --- submit -------------------------------------------------------------------------------------------
+
+    def submit(
+        self, submissions: Sequence[Submission], connection: Connection | None = None
+    ) -> list[list[Submitted | KeyConflict]]:
+        """Store jobs in one transaction; they exist when it commits.
+
+        Args:
+            connection: the caller's own; the jobs then exist if and only if the caller commits.
+
+        Returns:
+            For each submission and each of its jobs where it is, or the KeyConflict that kept this one job out.
+        """
+        for attempt in range(REDRAWS):
+            firsts = [s.ids if s.ids is not None else draw(len(s.jobs)) for s in submissions]
+            try:
+                if connection is None:
+                    return self._submit_whole(submissions, firsts)
+                with connection.begin_nested():  # ids that were drawn twice must not spoil the caller's transaction
+                    return self._submit(connection, submissions, firsts, bulk=False)
+            except IntegrityError:
+                if attempt == REDRAWS - 1 or any(s.ids is not None for s in submissions):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _submit_whole(
+        self, submissions: Sequence[Submission], firsts: Sequence[int]
+    ) -> list[list[Submitted | KeyConflict]]:
+        tried = False
+
+        def work(connection: Connection) -> list[list[Submitted | KeyConflict]]:
+            # A connection lost in the middle of a commit leaves open whether it was done: the ids tell.
+            nonlocal tried
+            stored = tried and self._is_stored(connection, firsts)
+            tried = True
+            return self._submit(connection, submissions, firsts, bulk=True, stored=stored)
+
+        return self._db.transact(work)
+
+    def _is_stored(self, connection: Connection, firsts: Sequence[int]) -> bool:
+        statement = text("SELECT count(*) FROM jobs WHERE id IN :ids").bindparams(bindparam("ids", expanding=True))
+        return bool(connection.execute(statement, {"ids": list(firsts)}).scalar())
+
+    def _submit(
+        self,
+        connection: Connection,
+        submissions: Sequence[Submission],
+        firsts: Sequence[int],
+        *,
+        bulk: bool,
+        stored: bool = False,
+    ) -> list[list[Submitted | KeyConflict]]:
+        now = self._db.clock(connection)
+        placed: list[list[Submitted | KeyConflict]] = []
+        chunks: list[dict[str, object]] = []
+        rows: list[JobTuple] = []
+        turns: dict[tuple[int, int, int], int] = {}
+        for submission, first in zip(submissions, firsts, strict=True):
+            where = self._take_keys(connection, submission, first)
+            lane = (submission.version.model, submission.options.priority, submission.batch or LONE_FLOW)
+            for run in _runs(submission, where):
+                if lane not in turns:
+                    turns[lane] = last_turn(connection, *lane)
+                turns[lane] += 1
+                chunk = first + run[0]  # a chunk is named after its first job
+                chunks.append(_chunk_row(submission, (chunk, first + run[-1], len(run)), turns[lane], now))
+                for i in run:
+                    job = submission.jobs[i]
+                    rows.append((first + i, chunk, submission.batch, job.input, job.metadata))
+                    where[i] = Submitted(first + i, chunk)
+            placed.append([_resolved(where[i], first, where) for i in range(len(submission.jobs))])
+        if chunks and not stored:
+            connection.execute(insert(schema.chunks), chunks)
+            if bulk:
+                self._db.dialect.insert_jobs(connection, rows)
+            else:
+                names = ("id", "chunk", "batch", "input", "metadata")
+                connection.execute(insert(schema.jobs), [dict(zip(names, row, strict=True)) for row in rows])
+        return placed
+
+    def _take_keys(
+        self, connection: Connection, submission: Submission, first: int
+    ) -> dict[int, Submitted | KeyConflict]:
+        """Take the keys of a submission's jobs; return, by index, those that are another's."""
+        keyed = {i: job for i, job in enumerate(submission.jobs) if job.key is not None}
+        if not keyed:
+            return {}
+        scope = {"tenant": submission.options.tenant, "model": submission.version.model}
+        take = text("INSERT INTO keys (tenant, model, key, digest, job) VALUES (:tenant, :model, :key, :digest, :job) "
+                    "ON CONFLICT DO NOTHING")  # fmt: skip
+        owner = text(
+            "SELECT k.job, k.digest, j.chunk FROM keys k LEFT JOIN jobs j ON j.id = k.job "
+            "WHERE k.tenant = :tenant AND k.model = :model AND k.key = :key"
+        )
+        taken: dict[int, Submitted | KeyConflict] = {}
+        for i, job in keyed.items():
+            mine = first + i
+            # Where another transaction is about to commit the same key, this waits for it.
+            connection.execute(take, scope | {"key": job.key, "digest": job.digest, "job": mine})
+            found = connection.execute(owner, scope | {"key": job.key}).one()
+            if found.job == mine:
+                continue
+            same = bytes(found.digest) == job.digest
+            assert job.key is not None
+            taken[i] = (
+                Submitted(found.job, found.chunk or 0, existed=True)
+                if same
+                else KeyConflict(job.key, show(Kind.JOB, found.job))
+            )
+        return taken
+
+    # --- finish -------------------------------------------------------------------------------------------
+
+    def finish(self, outcomes: Sequence[Outcome], worker: int) -> Finished:
+        """Record how the jobs of a device batch ended, in one transaction fenced by each chunk's token.
+
+        A job that was cancelled meanwhile stays so; one that is to be retried moves to a waiting chunk.
+        """
+        by_chunk: dict[int, list[Outcome]] = defaultdict(list)
+        for outcome in outcomes:
+            by_chunk[outcome.chunk].append(outcome)
+
+        def work(connection: Connection) -> Finished:
+            now = self._db.clock(connection)
+            held = {}
+            batches: dict[int, None] = {}
+            for run in slices(sorted(by_chunk)):
+                for row in connection.execute(self._held, {"chunks": list(run), "worker": worker}):
+                    held[row.id] = row.token
+                    if row.batch is not None:
+                        batches[row.batch] = None
+            fenced = [o for o in outcomes if held.get(o.chunk) == o.token]
+            refused = frozenset(o.chunk for o in outcomes if held.get(o.chunk) != o.token)
+            ends: list[FinishRow] = [
+                (o.job, o.chunk, int(o.end), o.output, o.error, int(o.end is End.FAILED))
+                for o in fenced
+                if o.end is not End.OPEN
+            ]
+            written = self._db.dialect.finish_jobs(connection, ends, worker, now) if ends else 0
+            retried = self._retry_later(connection, [o for o in fenced if o.end is End.OPEN], now)
+            chunks = sorted({o.chunk for o in fenced})
+            if written == len(ends) and not retried:
+                connection.execute(_COUNT_UP, _counts(fenced, now)) if chunks else None
+            else:  # some were cancelled meanwhile, or moved away
+                settle(connection, chunks, now)
+            return Finished(written + retried, refused, tuple(chunks), tuple(batches))
+
+        return self._db.transact(work)
+
+    def _retry_later(self, connection: Connection, outcomes: Sequence[Outcome], now: float) -> int:
+        moved = 0
+        groups: dict[tuple[int, float], list[Outcome]] = defaultdict(list)
+        for outcome in outcomes:
+            groups[outcome.chunk, outcome.retry_in].append(outcome)
+        for (source, retry_in), group in groups.items():
+            due = now + retry_in if retry_in > 0 else None
+            new = part(connection, source, [o.job for o in group], not_before=due, retrying=True)
+            written = connection.execute(
+                _RETRY, [{"new": new, "job": o.job, "chunk": o.chunk, "error": o.error} for o in group]
+            ).rowcount
+            if written != len(group):
+                settle(connection, [new], now)
+            moved += written
+        return moved
+
+    # --- cancel and retry ---------------------------------------------------------------------------------
+
+    def cancel(self, jobs: Sequence[int]) -> Moved:
+        """Cancel those of these jobs that are open. A running one's result will be dropped."""
+        statement = text(
+            "UPDATE jobs SET state = 3, finished_at = :now WHERE id IN :jobs AND state = 0 RETURNING chunk"
+        ).bindparams(bindparam("jobs", expanding=True))
+        moved = Moved()
+        for run in slices(list(jobs)):
+
+            def work(connection: Connection, run: Sequence[int] = run) -> Moved:
+                now = self._db.clock(connection)
+                batches = lock(self._db, connection, self._chunks_of(connection, run))
+                hit = list(connection.execute(statement, {"jobs": list(run), "now": now}).scalars())
+                settle(connection, hit, now)
+                return Moved(len(hit), tuple(sorted(set(hit))), batches if hit else ())
+
+            moved += self._db.transact(work)
+        return moved
+
+    def cancel_batch(self, batch: int) -> Moved:
+        """Cancel every open job of a batch."""
+        statement = text(
+            "UPDATE jobs SET state = 3, finished_at = :now FROM chunks c WHERE c.id IN :chunks "
+            "AND jobs.id BETWEEN c.first_id AND c.last_id AND jobs.chunk = c.id AND jobs.state = 0"
+        ).bindparams(bindparam("chunks", expanding=True))
+        unfinished = text("SELECT id FROM chunks WHERE batch = :batch AND state < 3 ORDER BY id LIMIT :limit")
+
+        def work(connection: Connection) -> tuple[int, list[int]]:
+            now = self._db.clock(connection)
+            chunks = list(connection.execute(unfinished, {"batch": batch, "limit": CANCEL_SLICE}).scalars())
+            if not chunks:
+                return 0, []
+            lock(self._db, connection, chunks)
+            count = connection.execute(statement, {"chunks": chunks, "now": now}).rowcount
+            settle(connection, chunks, now)
+            return count, chunks
+
+        moved = Moved()
+        while True:
+            count, chunks = self._db.transact(work)
+            if not chunks:
+                return moved
+            moved += Moved(count, tuple(chunks), (batch,))
+
+    def retry(self, jobs: Sequence[int]) -> Moved:
+        """Let those of these jobs that ended without success run again, with all their attempts and no deadline."""
+        moved = Moved()
+        for run in slices(list(jobs)):
+            moved += self._db.transact(lambda connection, run=run: self._start_over(connection, run))  # type: ignore[misc]
+        return moved
+
+    def retry_batch(self, batch: int, ends: Sequence[End] = (End.FAILED,)) -> Moved:
+        """Let the jobs of a batch that ended in these ways run again."""
+        statement = text(
+            "SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id "
+            "WHERE c.batch = :batch AND j.state IN :ends ORDER BY j.id LIMIT :limit"
+        ).bindparams(bindparam("ends", expanding=True))
+        wanted = [int(e) for e in ends if e in JOB_MOVES["retry"][0]]
+
+        def work(connection: Connection) -> Moved:
+            scope = {"batch": batch, "ends": wanted, "limit": MAX_CHUNK}
+            found = list(connection.execute(statement, scope).scalars())
+            moved = Moved()
+            for run in slices(found):
+                moved += self._start_over(connection, run)
+            return moved
+
+        moved = Moved()
+        while wanted:
+            step = self._db.transact(work)
+            if step.count == 0:
+                break
+            moved += step
+        return moved
+
+    def _start_over(self, connection: Connection, jobs: Sequence[int]) -> Moved:
+        now = self._db.clock(connection)
+        batches = lock(self._db, connection, self._chunks_of(connection, jobs))
+        statement = text(
+            "SELECT j.id, j.chunk, c.model, c.priority, c.flow FROM jobs j JOIN chunks c ON c.id = j.chunk "
+            "WHERE j.id IN :jobs AND j.state IN (2, 3, 4) ORDER BY j.id"
+        ).bindparams(bindparam("jobs", expanding=True))
+        groups: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
+        for row in connection.execute(statement, {"jobs": list(jobs)}):
+            groups[row.chunk, row.model, row.priority, row.flow].append(row.id)
+        turns: dict[tuple[int, int, int], int] = {}
+        new_chunks: list[int] = []
+        count = 0
+        for (source, *lane), group in groups.items():
+            where = (lane[0], lane[1], lane[2])
+            turns[where] = turns.get(where) or last_turn(connection, *where)
+            turns[where] += 1
+            new = part(connection, source, group, turn=turns[where], anew=True)
+            reopen = text(
+                "UPDATE jobs SET chunk = :new, state = 0, failures = 0, output = NULL, error = NULL, worker = NULL, "
+                "finished_at = NULL WHERE id IN :jobs AND chunk = :chunk AND state IN (2, 3, 4)"
+            ).bindparams(bindparam("jobs", expanding=True))
+            count += connection.execute(reopen, {"new": new, "jobs": group, "chunk": source}).rowcount
+            new_chunks.append(new)
+        sources = [source for source, *_ in groups]
+        settle(connection, sources + new_chunks, now)
+        return Moved(count, tuple(sources), batches if count else ())
+
+    def _chunks_of(self, connection: Connection, jobs: Sequence[int]) -> list[int]:
+        statement = text("SELECT DISTINCT chunk FROM jobs WHERE id IN :jobs").bindparams(
+            bindparam("jobs", expanding=True)
+        )
+        return list(connection.execute(statement, {"jobs": list(jobs)}).scalars())
+
+
+def _resolved(
+    placed: Submitted | KeyConflict, first: int, where: dict[int, Submitted | KeyConflict]
+) -> Submitted | KeyConflict:
+    """Fill in the chunk of a job whose key a neighbour in the same submission has just taken."""
+    if isinstance(placed, Submitted) and placed.chunk == 0:
+        owner = where.get(placed.job - first)
+        if isinstance(owner, Submitted):
+            return Submitted(owner.job, owner.chunk, existed=True)
+    return placed
+
+
+def _runs(submission: Submission, taken: dict[int, Submitted | KeyConflict]) -> Iterator[list[int]]:
+    """Cut a submission into chunks: the indexes of the jobs to store, by count and by bytes."""
+    run: list[int] = []
+    size = 0
+    most = min(submission.version.chunk_size, MAX_CHUNK)
+    for i, job in enumerate(submission.jobs):
+        if i in taken:
+            continue
+        size += len(job.input)
+        if run and (len(run) == most or size > CHUNK_BYTES or i - run[0] >= MAX_CHUNK):
+            yield run
+            run, size = [], len(job.input)
+        run.append(i)
+    if run:
+        yield run
+
+
+def _chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now: float) -> dict[str, object]:
+    first, last, size = span
+    version, options = submission.version, submission.options
+    start = now + options.delay if options.delay is not None else options.not_before
+    due = start is None or start <= now
+    return {
+        "id": first, "model": version.model, "version": version.id, "batch": submission.batch,
+        "tenant": options.tenant, "flow": submission.batch or LONE_FLOW, "priority": options.priority, "turn": turn,
+        "first_id": first, "last_id": last, "size": size, "due": due, "not_before": start,
+        "timeout": options.timeout, "max_attempts": options.max_attempts, "created_at": now,
+        "expires_at": now + options.expires_in if options.expires_in is not None else None,
+    }  # fmt: skip
+
+
+def _counts(outcomes: Sequence[Outcome], now: float) -> list[dict[str, object]]:
+    succeeded: dict[int, int] = defaultdict(int)
+    failed: dict[int, int] = defaultdict(int)
+    for outcome in outcomes:
+        (succeeded if outcome.end is End.SUCCEEDED else failed)[outcome.chunk] += 1
+    return [
+        {"chunk": c, "succeeded": succeeded[c], "failed": failed[c], "n": succeeded[c] + failed[c], "now": now}
+        for c in sorted({o.chunk for o in outcomes})
+    ]

@@ -1,0 +1,86 @@
+"""Retention: what ended long ago is deleted in slices, with its artifacts; what someone may still need is spared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, text
+
+from torchrelay_storage.database import Database
+
+PURGE_SLICE = 50  # chunks in one transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What a slice deleted. `artifacts` are stored values that refer to the object store, to be deleted there."""
+
+    jobs: int
+    chunks: int
+    artifacts: tuple[bytes, ...]
+
+
+class Retention:
+    """Deletes finished jobs. A batch is spared whole until its end is written and all its jobs have ended."""
+
+    def __init__(self, database: Database) -> None:
+        self._db = database
+        # `values.py` marks what lies in the object store by its first byte.
+        self._old = text(f"""
+            SELECT c.id FROM chunks c
+            WHERE c.state = 3 AND c.ended_at < :before AND (c.batch IS NULL OR (
+                EXISTS (SELECT 1 FROM batches b WHERE b.id = c.batch AND b.closed)
+                AND NOT EXISTS (SELECT 1 FROM chunks o WHERE o.batch = c.batch
+                                AND (o.state < 3 OR o.ended_at >= :before))))
+            ORDER BY c.ended_at LIMIT :limit {database.dialect.skip_locked}
+        """)
+
+    def purge(self, older_than: float, *, reference: bytes, limit: int = PURGE_SLICE) -> Purged:
+        """Delete one slice of jobs that ended more than `older_than` seconds ago.
+
+        Args:
+            reference: the first byte of a stored value that is a reference to the object store.
+
+        Returns:
+            What was deleted; call again until it is nothing. The artifacts' references are returned once the rows are
+            gone: who dies before deleting them leaves files, never a row without its file.
+        """
+
+        def work(connection: Connection) -> Purged:
+            before = self._db.clock(connection) - older_than
+            chunks = list(connection.execute(self._old, {"before": before, "limit": limit}).scalars())
+            if not chunks:
+                return Purged(0, 0, ())
+            scope = {"chunks": chunks}
+            artifacts = [
+                bytes(value)
+                for row in connection.execute(_REFERENCES, scope | {"tag": reference})
+                for value in row
+                if value is not None and bytes(value[:1]) == reference
+            ]
+            connection.execute(_DELETE_KEYS, scope)
+            jobs = connection.execute(_DELETE_JOBS, scope).rowcount
+            connection.execute(_DELETE_CHUNKS, scope)
+            connection.execute(_DELETE_BATCHES, {"before": before})
+            return Purged(jobs, len(chunks), tuple(artifacts))
+
+        return self._db.transact(work)
+
+
+def _of(statement: str) -> Any:
+    return text(statement).bindparams(bindparam("chunks", expanding=True))
+
+
+_IN = "SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id WHERE c.id IN"
+_REFERENCES = _of(f"""
+    SELECT input, output FROM jobs
+    WHERE id IN ({_IN} :chunks) AND (substr(input, 1, 1) = :tag OR substr(output, 1, 1) = :tag)
+""")
+_DELETE_KEYS = _of(f"DELETE FROM keys WHERE job IN ({_IN} :chunks)")
+_DELETE_JOBS = _of(f"DELETE FROM jobs WHERE id IN ({_IN} :chunks)")
+_DELETE_CHUNKS = _of("DELETE FROM chunks WHERE id IN :chunks")
+_DELETE_BATCHES = text("""
+    DELETE FROM batches WHERE closed AND created_at < :before
+      AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.batch = batches.id)
+""")

@@ -1,0 +1,209 @@
+"""The tables: one page that explains the product.
+
+`jobs` is cold: a row is written when it is submitted, and once more when it ends. `chunks` is hot and small: what moves
+through Redis and who holds it. Times are seconds since 1970 on the database's clock. The view `job_status` (made by the
+migrations, documented in docs/operations.md) shows both together, with the states and ids that users see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
+
+from torchrelay_storage.states import ChunkState
+
+metadata = MetaData()
+
+# SQLite numbers rows only in a column of type INTEGER; PostgreSQL needs 64 bits for the same.
+Id = BigInteger().with_variant(Integer, "sqlite")
+Real: Double[float] = Double()
+
+models = Table(
+    "models",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("created_at", Real, nullable=False),
+)
+
+# What a name stood for at a time: a handler (a name that the operator's workers know) and pinned weights.
+model_versions = Table(
+    "model_versions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("model", Integer, ForeignKey("models.id"), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("handler", Text, nullable=False),
+    Column("weights", Text),  # URI in the artifact store
+    Column("sha256", Text),  # of the weights, checked at each load
+    Column("config", Text, nullable=False, server_default=text("'{}'")),  # JSON, the handler's own
+    Column("chunk_size", Integer, nullable=False),  # jobs that travel together
+    Column("created_at", Real, nullable=False),
+    UniqueConstraint("model", "version"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("model", Integer, ForeignKey("models.id"), nullable=False),
+    Column("version", Integer, ForeignKey("model_versions.id"), nullable=False),
+    Column("tenant", Text, nullable=False, server_default=text("''")),
+    Column("key", Text),
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("closed", Boolean, nullable=False, server_default=text("false")),  # its end is written
+    Column("priority", SmallInteger, nullable=False),
+    Column("metadata", Text, nullable=False, server_default=text("'{}'")),
+    Column("created_at", Real, nullable=False),
+)
+Index("ix_batches_key", batches.c.tenant, batches.c.model, batches.c.key, unique=True,
+      postgresql_where=batches.c.key.is_not(None), sqlite_where=batches.c.key.is_not(None))  # fmt: skip
+
+# What travels: a run of jobs of one model version, batch and set of options.
+chunks = Table(
+    "chunks",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("model", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("batch", BigInteger),
+    Column("tenant", Text, nullable=False, server_default=text("''")),
+    Column("flow", BigInteger, nullable=False),  # who shares fairly with whom: the batch, or 0 for lone jobs
+    Column("priority", SmallInteger, nullable=False),  # 0 to 9, 9 the most urgent
+    Column("turn", BigInteger, nullable=False),  # start-time fair queueing (Goyal, Vin, Cheng 1996) in one integer
+    Column("first_id", BigInteger, nullable=False),
+    Column("last_id", BigInteger, nullable=False),
+    Column("size", Integer, nullable=False),  # how many jobs name this chunk
+    Column("succeeded", Integer, nullable=False, server_default=text("0")),
+    Column("failed", Integer, nullable=False, server_default=text("0")),
+    Column("cancelled", Integer, nullable=False, server_default=text("0")),
+    Column("expired", Integer, nullable=False, server_default=text("0")),
+    Column("state", SmallInteger, nullable=False, server_default=text("0")),  # states.ChunkState
+    Column("due", Boolean, nullable=False, server_default=text("true")),  # its time has come
+    Column("retrying", Boolean, nullable=False, server_default=text("false")),  # its jobs have failed before
+    Column("token", Integer, nullable=False, server_default=text("0")),  # the claim's number, which fences late writes
+    Column("worker", BigInteger),
+    Column("timeout", Real),
+    Column("max_attempts", SmallInteger, nullable=False),
+    Column("not_before", Real),
+    Column("expires_at", Real),
+    Column("created_at", Real, nullable=False),
+    Column("announced_at", Real),
+    Column("claimed_at", Real),
+    Column("ended_at", Real),
+    CheckConstraint("first_id <= last_id", name="ck_chunks_range"),
+    postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
+)
+_c = chunks.c
+
+
+def _partial(name: str, *columns: ColumnElement[Any], where: str) -> None:
+    Index(name, *columns, postgresql_where=text(where), sqlite_where=text(where))
+
+
+Index("ix_chunks_batch", _c.batch)
+Index("ix_chunks_last", _c.last_id)
+_partial(
+    "ix_chunks_next", _c.model, _c.priority.desc(), _c.turn, _c.id, where=f"state = {ChunkState.WAITING:d} AND due"
+)
+_partial("ix_chunks_flow", _c.model, _c.priority, _c.flow, _c.turn, where=f"state = {ChunkState.WAITING:d}")
+_partial("ix_chunks_not_before", _c.not_before, where=f"state = {ChunkState.WAITING:d} AND NOT due")
+_partial("ix_chunks_announced", _c.model, _c.announced_at, where=f"state = {ChunkState.ANNOUNCED:d}")
+_partial("ix_chunks_claimed", _c.worker, where=f"state = {ChunkState.CLAIMED:d}")
+_partial("ix_chunks_expires", _c.expires_at, where=f"state < {ChunkState.CLAIMED:d} AND expires_at IS NOT NULL")
+_partial("ix_chunks_open", _c.last_id, where=f"state < {ChunkState.DONE:d}")
+_partial("ix_chunks_ended", _c.ended_at, where=f"state = {ChunkState.DONE:d}")
+_partial("ix_chunks_failed", _c.last_id, where="failed > 0")
+_partial("ix_chunks_cancelled", _c.last_id, where="cancelled > 0")
+_partial("ix_chunks_expired", _c.last_id, where="expired > 0")
+
+# No index but the primary key: an index on what the finish writes would make each finish a third slower.
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("chunk", BigInteger, nullable=False),
+    Column("batch", BigInteger),
+    Column("state", SmallInteger, nullable=False, server_default=text("0")),  # states.End
+    Column("failures", SmallInteger, nullable=False, server_default=text("0")),
+    Column("input", LargeBinary, nullable=False),  # as in values.py
+    Column("output", LargeBinary),
+    Column("error", LargeBinary),  # JSON: type, message, traceback
+    Column("metadata", LargeBinary),  # JSON
+    Column("worker", BigInteger),  # which recorded the end
+    Column("finished_at", Real),
+    postgresql_with={"fillfactor": "50"},
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("tenant", Text, nullable=False),
+    Column("model", Integer, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),  # sha256 of the input as encoded
+    Column("job", BigInteger, nullable=False, index=True),
+    PrimaryKeyConstraint("tenant", "model", "key"),
+)
+
+# The turn announced last: what "now" is to a model and priority.
+turns = Table(
+    "turns",
+    metadata,
+    Column("model", Integer, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("present", BigInteger, nullable=False),
+    PrimaryKeyConstraint("model", "priority"),
+)
+
+# A row is an incarnation: a process that restarts under its old name is another row.
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("name", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("models", Text),  # JSON list of names, or NULL: all
+    Column("stats", Text, nullable=False, server_default=text("'{}'")),  # JSON: rates by model and the like
+    Column("started_at", Real, nullable=False),
+    Column("beat_at", Real, nullable=False),
+    Column("stopped_at", Real),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("holder", BigInteger, nullable=False),
+    Column("expires_at", Real, nullable=False),
+)
+
+# One row. A database upgraded by a later release still serves this code if `oldest` is a revision that it knows:
+# migrations expand first, and only contract a release later.
+compatibility = Table(
+    "compatibility",
+    metadata,
+    Column("oldest", Text, primary_key=True),
+)

@@ -1,0 +1,79 @@
+"""What SQLite does its own way: how transactions begin, and the bulk paths of submit and finish."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL
+
+if TYPE_CHECKING:
+    from torchrelay_storage.database import FinishRow, JobTuple
+
+BUSY_TIMEOUT = 10.0  # seconds a writer waits for another; one writes at a time, and none takes long
+
+
+class Sqlite:
+    """The dialect of the embedded default. `storage` calls it wherever the two databases differ."""
+
+    name = "sqlite"
+    # Milliseconds: `unixepoch('subsec')` needs SQLite 3.42, and Debian 12 has 3.40.
+    now = "((julianday('now') - 2440587.5) * 86400.0)"
+    lock = ""  # a transaction that writes holds the whole file
+    skip_locked = ""
+    json_text = "CASE WHEN {0} >= x'20' THEN CAST({0} AS TEXT) END"
+
+    def engine(self, url: URL, pool_size: int) -> Engine:
+        """Return an engine whose connections are in WAL mode and begin their transactions IMMEDIATE."""
+        memory = url.database in (None, "", ":memory:")
+        engine = create_engine(
+            url,
+            connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False},
+            **({} if memory else {"pool_size": pool_size, "max_overflow": 20}),
+        )
+
+        @event.listens_for(engine, "connect")
+        def on_connect(connection: sqlite3.Connection, _record: object) -> None:
+            connection.isolation_level = None  # SQLAlchemy says BEGIN below, not the driver behind its back
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "cache_size=-65536",
+                           "temp_store=MEMORY", "journal_size_limit=67108864"):  # fmt: skip
+                connection.execute(f"PRAGMA {pragma}").close()
+
+        @event.listens_for(engine, "begin")
+        def on_begin(connection: Connection) -> None:
+            # A transaction that reads first and then writes would fail with SQLITE_BUSY where another wrote between.
+            mode = "DEFERRED" if connection.get_execution_options().get("torchrelay_read") else "IMMEDIATE"
+            connection.exec_driver_sql(f"BEGIN {mode}")
+
+        return engine
+
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether the same transaction may succeed at another try."""
+        return isinstance(error, sqlite3.OperationalError) and any(
+            words in str(error) for words in ("locked", "busy", "disk I/O error")
+        )
+
+    def is_unreachable(self, error: BaseException) -> bool:
+        """Whether the database itself could not be had."""
+        return isinstance(error, sqlite3.OperationalError) and "unable to open" in str(error)
+
+    def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None:
+        """Insert (id, chunk, batch, input, metadata) rows."""
+        connection.exec_driver_sql(
+            "INSERT INTO jobs (id, chunk, batch, input, metadata) VALUES (?, ?, ?, ?, ?)", _many(rows)
+        )
+
+    def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int:
+        """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
+        result = connection.exec_driver_sql(
+            f"UPDATE jobs SET state = ?, output = ?, error = ?, failures = failures + ?, worker = {worker:d}, "
+            f"finished_at = {now!r} WHERE id = ? AND chunk = ? AND state = 0",
+            _many([(state, output, error, failed, job, chunk) for job, chunk, state, output, error, failed in rows]),
+        )
+        return result.rowcount
+
+
+def _many(rows: Sequence[tuple[Any, ...]]) -> Any:
+    return rows if isinstance(rows, list) else list(rows)
