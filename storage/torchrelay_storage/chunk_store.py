@@ -260,7 +260,13 @@ class ChunkStore:
         jobs: dict[int, list[ClaimedJob]] = {row.id: [] for row in rows}
         for job, chunk, data, failures in connection.execute(_READ_JOBS, {"chunks": list(jobs)}):
             jobs[chunk].append(ClaimedJob(job, data, failures))
-        taken = [Claimed(*tuple(row), jobs=tuple(jobs[row.id])) for row in rows]
+        taken = [
+            Claimed(
+                chunk=row.id, token=row.token, model=row.model, version=row.version, batch=row.batch,
+                priority=row.priority, timeout=row.timeout, max_attempts=row.max_attempts, jobs=tuple(jobs[row.id]),
+            )
+            for row in rows
+        ]  # fmt: skip
         return sorted(taken, key=lambda c: (-c.priority, c.chunk))
 
     def hand_back(self, holds: Sequence[tuple[int, int]], worker: int) -> int:

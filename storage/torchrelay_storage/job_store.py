@@ -6,7 +6,7 @@ What it inherits from `job_reader` asks about jobs. Not here: the moves of chunk
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, insert, text
@@ -17,57 +17,13 @@ from torchrelay_storage.database import Database, FinishRow, JobTuple
 from torchrelay_storage.errors import KeyConflict
 from torchrelay_storage.ids import Kind, draw, show
 from torchrelay_storage.job_reader import JobReader
-from torchrelay_storage.options import Options
-from torchrelay_storage.registry import ModelVersion
 from torchrelay_storage.settle import MAX_CHUNK, Moved, lock, part, settle, slices
 from torchrelay_storage.states import JOB_MOVES, End
+from torchrelay_storage.submission import LONE_FLOW, Submission, Submitted, chunk_row, resolved, runs
 from torchrelay_storage.turns import last_turn
 
-LONE_FLOW = 0  # lone jobs of a model share one flow
-CHUNK_BYTES = 8 << 20  # a chunk is read whole by its worker: large inputs travel in smaller company
 REDRAWS = 5  # two collisions in a row come once in 10^13 submits
 CANCEL_SLICE = 200  # chunks cancelled in one transaction
-
-
-@dataclass(frozen=True, slots=True)
-class NewJob:
-    """A job to be stored.
-
-    Attributes:
-        input: encoded as in `values`.
-        digest: sha256 of the input as encoded, before it went to the object store; needed with a key.
-        metadata: JSON.
-    """
-
-    input: bytes
-    key: str | None = None
-    digest: bytes | None = None
-    metadata: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """Jobs of one model version that share their options, and so may share chunks.
-
-    Attributes:
-        ids: the first of `len(jobs)` consecutive ids, where they were drawn before (an input in the object store lies
-            under its job's id); None: drawn here.
-    """
-
-    version: ModelVersion
-    options: Options
-    jobs: Sequence[NewJob]
-    batch: int | None = None
-    ids: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Submitted:
-    """Where a job was stored. `existed`: the key was known, with this very input; nothing was stored."""
-
-    job: int
-    chunk: int
-    existed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,17 +137,17 @@ class JobStore(JobReader):
         for submission, first in zip(submissions, firsts, strict=True):
             where = self._take_keys(connection, submission, first)
             lane = (submission.version.model, submission.options.priority, submission.batch or LONE_FLOW)
-            for run in _runs(submission, where):
+            for run in runs(submission, where):
                 if lane not in turns:
                     turns[lane] = last_turn(connection, *lane)
                 turns[lane] += 1
                 chunk = first + run[0]  # a chunk is named after its first job
-                chunks.append(_chunk_row(submission, (chunk, first + run[-1], len(run)), turns[lane], now))
+                chunks.append(chunk_row(submission, (chunk, first + run[-1], len(run)), turns[lane], now))
                 for i in run:
                     job = submission.jobs[i]
                     rows.append((first + i, chunk, submission.batch, job.input, job.metadata))
                     where[i] = Submitted(first + i, chunk)
-            placed.append([_resolved(where[i], first, where) for i in range(len(submission.jobs))])
+            placed.append([resolved(where[i], first, where) for i in range(len(submission.jobs))])
         if chunks and not stored:
             connection.execute(insert(schema.chunks), chunks)
             if bulk:
@@ -262,8 +218,9 @@ class JobStore(JobReader):
             written = self._db.dialect.finish_jobs(connection, ends, worker, now) if ends else 0
             retried = self._retry_later(connection, [o for o in fenced if o.end is End.OPEN], now)
             chunks = sorted({o.chunk for o in fenced})
-            if written == len(ends) and not retried:
-                connection.execute(_COUNT_UP, _counts(fenced, now)) if chunks else None
+            if written == len(ends) == len(fenced):
+                if chunks:
+                    connection.execute(_COUNT_UP, _counts(fenced, now))
             else:  # some were cancelled meanwhile, or moved away
                 settle(connection, chunks, now)
             return Finished(written + retried, refused, tuple(chunks), tuple(batches))
@@ -395,48 +352,6 @@ class JobStore(JobReader):
             bindparam("jobs", expanding=True)
         )
         return list(connection.execute(statement, {"jobs": list(jobs)}).scalars())
-
-
-def _resolved(
-    placed: Submitted | KeyConflict, first: int, where: dict[int, Submitted | KeyConflict]
-) -> Submitted | KeyConflict:
-    """Fill in the chunk of a job whose key a neighbour in the same submission has just taken."""
-    if isinstance(placed, Submitted) and placed.chunk == 0:
-        owner = where.get(placed.job - first)
-        if isinstance(owner, Submitted):
-            return Submitted(owner.job, owner.chunk, existed=True)
-    return placed
-
-
-def _runs(submission: Submission, taken: dict[int, Submitted | KeyConflict]) -> Iterator[list[int]]:
-    """Cut a submission into chunks: the indexes of the jobs to store, by count and by bytes."""
-    run: list[int] = []
-    size = 0
-    most = min(submission.version.chunk_size, MAX_CHUNK)
-    for i, job in enumerate(submission.jobs):
-        if i in taken:
-            continue
-        size += len(job.input)
-        if run and (len(run) == most or size > CHUNK_BYTES or i - run[0] >= MAX_CHUNK):
-            yield run
-            run, size = [], len(job.input)
-        run.append(i)
-    if run:
-        yield run
-
-
-def _chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now: float) -> dict[str, object]:
-    first, last, size = span
-    version, options = submission.version, submission.options
-    start = now + options.delay if options.delay is not None else options.not_before
-    due = start is None or start <= now
-    return {
-        "id": first, "model": version.model, "version": version.id, "batch": submission.batch,
-        "tenant": options.tenant, "flow": submission.batch or LONE_FLOW, "priority": options.priority, "turn": turn,
-        "first_id": first, "last_id": last, "size": size, "due": due, "not_before": start,
-        "timeout": options.timeout, "max_attempts": options.max_attempts, "created_at": now,
-        "expires_at": now + options.expires_in if options.expires_in is not None else None,
-    }  # fmt: skip
 
 
 def _counts(outcomes: Sequence[Outcome], now: float) -> list[dict[str, object]]:

@@ -41,6 +41,7 @@ class Postgresql:
             url.set(drivername="postgresql+psycopg"),
             pool_size=pool_size,
             max_overflow=20,
+            execution_options={"preserve_rowcount": True},  # also of executemany, once the cursor is closed
             connect_args={
                 "connect_timeout": 3,
                 "keepalives_idle": 10,

@@ -30,6 +30,7 @@ class Sqlite:
         memory = url.database in (None, "", ":memory:")
         engine = create_engine(
             url,
+            execution_options={"preserve_rowcount": True},
             connect_args={"timeout": BUSY_TIMEOUT, "check_same_thread": False},
             **({} if memory else {"pool_size": pool_size, "max_overflow": 20}),
         )

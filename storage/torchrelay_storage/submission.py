@@ -1,0 +1,97 @@
+"""What is submitted, and how it is cut into chunks. Pure: the statements that store it are in `job_store`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torchrelay_storage.errors import KeyConflict
+from torchrelay_storage.options import Options
+from torchrelay_storage.registry import ModelVersion
+from torchrelay_storage.settle import MAX_CHUNK
+
+LONE_FLOW = 0  # lone jobs of a model share one flow
+CHUNK_BYTES = 8 << 20  # a chunk is read whole by its worker: large inputs travel in smaller company
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be stored.
+
+    Attributes:
+        input: encoded as in `values`.
+        digest: sha256 of the input as encoded, before it went to the object store; needed with a key.
+        metadata: JSON.
+    """
+
+    input: bytes
+    key: str | None = None
+    digest: bytes | None = None
+    metadata: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """Jobs of one model version that share their options, and so may share chunks.
+
+    Attributes:
+        ids: the first of `len(jobs)` consecutive ids, where they were drawn before (an input in the object store lies
+            under its job's id); None: drawn here.
+    """
+
+    version: ModelVersion
+    options: Options
+    jobs: Sequence[NewJob]
+    batch: int | None = None
+    ids: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """Where a job was stored. `existed`: the key was known, with this very input; nothing was stored."""
+
+    job: int
+    chunk: int
+    existed: bool = False
+
+
+def resolved(
+    placed: Submitted | KeyConflict, first: int, where: dict[int, Submitted | KeyConflict]
+) -> Submitted | KeyConflict:
+    """Fill in the chunk of a job whose key a neighbour in the same submission has just taken."""
+    if isinstance(placed, Submitted) and placed.chunk == 0:
+        owner = where.get(placed.job - first)
+        if isinstance(owner, Submitted):
+            return Submitted(owner.job, owner.chunk, existed=True)
+    return placed
+
+
+def runs(submission: Submission, taken: dict[int, Submitted | KeyConflict]) -> Iterator[list[int]]:
+    """Cut a submission into chunks: the indexes of the jobs to store, by count and by bytes."""
+    run: list[int] = []
+    size = 0
+    most = min(submission.version.chunk_size, MAX_CHUNK)
+    for i, job in enumerate(submission.jobs):
+        if i in taken:
+            continue
+        size += len(job.input)
+        if run and (len(run) == most or size > CHUNK_BYTES or i - run[0] >= MAX_CHUNK):
+            yield run
+            run, size = [], len(job.input)
+        run.append(i)
+    if run:
+        yield run
+
+
+def chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now: float) -> dict[str, object]:
+    first, last, size = span
+    version, options = submission.version, submission.options
+    start = now + options.delay if options.delay is not None else options.not_before
+    due = start is None or start <= now
+    return {
+        "id": first, "model": version.model, "version": version.id, "batch": submission.batch,
+        "tenant": options.tenant, "flow": submission.batch or LONE_FLOW, "priority": options.priority, "turn": turn,
+        "first_id": first, "last_id": last, "size": size, "due": due, "not_before": start,
+        "timeout": options.timeout, "max_attempts": options.max_attempts, "created_at": now,
+        "expires_at": now + options.expires_in if options.expires_in is not None else None,
+    }  # fmt: skip

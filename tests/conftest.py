@@ -1,0 +1,231 @@
+"""Fixtures for all tests: real servers, a fresh migrated database a test on both kinds, and worker processes.
+
+A test that takes `database_url`, `database`, `settings` or `worker` runs twice, on SQLite and on PostgreSQL;
+`@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)` runs it on one of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from servers import PostgresServer, RedisServer, wait_until
+from torchrelay.settings import Settings
+from torchrelay_storage.database import Database
+from torchrelay_storage.fleet import Fleet
+
+TESTS = Path(__file__).parent
+TEMPLATE = "torchrelay_template"
+
+# No test may depend on who runs it; and nothing may be fetched from a hub.
+for _name in [name for name in os.environ if name.startswith("TORCHRELAY_")]:
+    del os.environ[_name]
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+_numbers = itertools.count()
+
+
+# --- servers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """One Redis for all tests; a test may pause, kill or restart it."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One PostgreSQL for all tests; a test may pause, kill or restart it."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of an empty Redis."""
+    redis_server.ensure().flush()
+    return redis_server.url
+
+
+# --- databases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "torchrelay.db"
+    _upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def _postgres_template(postgres_server: PostgresServer) -> str:
+    _upgrade(postgres_server.ensure().create(TEMPLATE))
+    return TEMPLATE
+
+
+def _upgrade(url: str) -> None:
+    database = Database(url)
+    try:
+        database.upgrade()
+    finally:
+        database.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a fresh database of our schema's newest revision: a SQLite file, then a PostgreSQL database."""
+    if request.param == "sqlite":
+        path = tmp_path / "torchrelay.db"
+        shutil.copy(request.getfixturevalue("_sqlite_template"), path)
+        yield f"sqlite:///{path}"
+    else:
+        yield from _postgres_database(request, request.getfixturevalue("_postgres_template"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a fresh database without any table."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+    else:
+        yield from _postgres_database(request, "template0")
+
+
+def _postgres_database(request: pytest.FixtureRequest, template: str) -> Iterator[str]:
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    name = f"test_{next(_numbers)}"
+    url = server.ensure().create(name, template)
+    yield url
+    server.ensure().drop(name)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A fresh database, open."""
+    database = Database(database_url)
+    yield database
+    database.dispose()
+
+
+# --- the whole system -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str, tmp_path: Path) -> Settings:
+    """The settings of a system of its own: fresh database, empty Redis, artifacts in the test's folder."""
+    return Settings.load(
+        home=tmp_path / "home", database=database_url, broker=redis_url, artifacts=f"file://{tmp_path / 'artifacts'}"
+    )
+
+
+class WorkerProcess:
+    """A `python -m torchrelay_worker` of a test. `name` is its name in the fleet."""
+
+    def __init__(self, name: str, arguments: tuple[str, ...], settings: Settings, environment: Mapping[str, str],
+                 log_path: Path) -> None:  # fmt: skip
+        self.name = name
+        self.log_path = log_path
+        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+        with log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torchrelay_worker", "--name", name, *arguments],
+                cwd=log_path.parent,
+                env={**os.environ, **settings.as_environment(), "PYTHONPATH": path, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        """What the worker has written so far, both of its processes."""
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def children(self) -> list[psutil.Process]:
+        """The processes under the supervisor: the one that holds the device."""
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
+
+    def is_alive(self, database: Database, stale_after: float) -> bool:
+        """Whether the fleet's table says so. Raises RuntimeError, with its log, for a worker that has exited."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"worker {self.name} exited with {self.process.returncode}:\n{self.log[-8000:]}")
+        return any(row.alive and row.name == self.name for row in Fleet(database).workers(stale_after))
+
+    def stop(self, seconds: float = 30.0) -> int:
+        """SIGTERM, wait, and return its exit code; kills it and raises TimeoutError when it does not end."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"worker {self.name} did not end within {seconds:g} s:\n{self.log[-8000:]}") from None
+
+    def kill(self) -> None:
+        """SIGKILL for all its processes at once, as a machine that loses its power."""
+        family = self.children
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group that we made for it, and no other
+        self.process.wait()
+        psutil.wait_procs(family, timeout=10)
+
+
+@pytest.fixture
+def worker(settings: Settings, tmp_path: Path) -> Iterator[Callable[..., WorkerProcess]]:
+    """Return a function that starts a worker and waits until it is alive.
+
+    `start(*arguments, name=None, handlers={}, environment={}, wait=True)`: arguments go to `torchrelay_worker`;
+    handlers are name -> "module:Class" and may lie below tests/, as "integration.handlers:Echo". All are stopped at
+    the end of the test, which fails if one leaves a process behind.
+    """
+    started: list[WorkerProcess] = []
+    database = Database(settings.database_url)
+
+    def start(
+        *arguments: str,
+        name: str | None = None,
+        handlers: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> WorkerProcess:
+        name = name or f"worker-{next(_numbers)}"
+        chosen: dict[str, Any] = settings.model_dump(exclude_none=True)
+        chosen["handlers"] = {**settings.handlers, **(handlers or {})}
+        process = WorkerProcess(name, arguments, Settings.load(**chosen), environment or {}, tmp_path / f"{name}.log")
+        started.append(process)
+        if wait:
+            wait_until(lambda: process.is_alive(database, settings.stale_after), 60, f"the first beat of {name}")
+        return process
+
+    yield start
+
+    families = [process.children for process in started]
+    for process in started:
+        if process.process.poll() is None:
+            process.process.terminate()  # all of them first, so that they end side by side
+    try:
+        for process in started:
+            process.stop()
+        _, left = psutil.wait_procs([child for family in families for child in family], timeout=5)
+        assert not left, f"a worker left processes behind: {left}"
+    finally:
+        for process in started:
+            process.kill()
+        database.dispose()
