@@ -1,0 +1,90 @@
+"""torchrelay: inference jobs that survive. An application submits, polls, and reads results; see `Relay`.
+
+    from torchrelay import Relay
+
+    with Relay() as relay:
+        print(relay.submit("digits", {"pixels": [...]}).result(timeout=30))
+
+What an application needs is here; the model author's side is the package `torchrelay_worker`. Names are imported when
+they are first used: pytest loads this package with its plugin, and most of its runs need nothing of it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchrelay.async_client import AsyncRelay
+    from torchrelay.client import Relay
+    from torchrelay.handles import AsyncBatch, AsyncJob, Batch, Job
+    from torchrelay.settings import Settings
+    from torchrelay_storage.batch_store import Counts
+    from torchrelay_storage.errors import (
+        BatchNotFound,
+        Corrupt,
+        InvalidInput,
+        JobCancelled,
+        JobExpired,
+        JobFailed,
+        JobNotFound,
+        KeyConflict,
+        ModelNotFound,
+        NotFound,
+        QueueFull,
+        RelayError,
+        SchemaMismatch,
+        Unreachable,
+        WaitTimeout,
+    )
+    from torchrelay_storage.states import JobState
+
+__all__ = [
+    "AsyncBatch",
+    "AsyncJob",
+    "AsyncRelay",
+    "Batch",
+    "BatchNotFound",
+    "Corrupt",
+    "Counts",
+    "InvalidInput",
+    "Job",
+    "JobCancelled",
+    "JobExpired",
+    "JobFailed",
+    "JobNotFound",
+    "JobState",
+    "KeyConflict",
+    "ModelNotFound",
+    "NotFound",
+    "QueueFull",
+    "Relay",
+    "RelayError",
+    "SchemaMismatch",
+    "Settings",
+    "Unreachable",
+    "WaitTimeout",
+]
+
+_WHERE = {
+    "AsyncBatch": "torchrelay.handles",
+    "AsyncJob": "torchrelay.handles",
+    "AsyncRelay": "torchrelay.async_client",
+    "Batch": "torchrelay.handles",
+    "Counts": "torchrelay_storage.batch_store",
+    "Job": "torchrelay.handles",
+    "JobState": "torchrelay_storage.states",
+    "Relay": "torchrelay.client",
+    "Settings": "torchrelay.settings",
+}  # the others are errors
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_WHERE.get(name, "torchrelay_storage.errors")), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

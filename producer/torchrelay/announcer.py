@@ -1,0 +1,245 @@
+"""announce(model): chunks that wait in SQL go out through Redis, as many as the workers need for a moment.
+
+The one mechanism behind new jobs, delayed jobs, retries, lost messages, an emptied Redis, and fairness. Clients call it
+after a submit, workers when a queue runs low, the maintenance leader every second; calls may overlap.
+Not here: which chunk is next (`ChunkStore.announce`), and how messages are sent (`broker`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import structlog
+
+from torchrelay import messages
+from torchrelay.broker import Broker
+from torchrelay_storage.chunk_store import Announced, ChunkStore
+from torchrelay_storage.database import Database
+from torchrelay_storage.errors import RelayError, Unreachable
+from torchrelay_storage.fleet import Fleet, WorkerRow
+from torchrelay_storage.registry import Registry
+
+log = structlog.get_logger("torchrelay.announcer")
+
+PER_WORKER = 2  # chunks: one to run and one to prepare
+LEAST = 4  # chunks, where no worker is known yet
+MOST = 512  # chunks: half a megabyte of Redis, more than any model's workers take in a moment
+FLEET_SECONDS = 1.0  # for which the answer about the workers is used again
+LOST_AFTER = 1.5  # seconds: what was announced before that and is in no queue was lost, or is being claimed right now
+IDLE_SECONDS = 30.0  # without work after which the thread ends; the next wake starts another
+RETRY_SECONDS = 1.0  # between two tries while Redis is away
+
+
+def window(model: str, workers: Sequence[WorkerRow], seconds: float) -> int:
+    """Return how many chunks of a model should be in Redis.
+
+    A worker tells in its heartbeat's stats how many chunks a second it runs: {"rates": {"digits": 12.5}}.
+    """
+    serving = [w for w in workers if w.alive and (w.models is None or model in w.models)]
+    rates = (_rate(w.stats, model) for w in serving)
+    wanted = max(math.ceil(seconds * sum(rates)), PER_WORKER * len(serving), LEAST)
+    return min(wanted, max(MOST, PER_WORKER * len(serving)))
+
+
+def _rate(stats: Mapping[str, Any], model: str) -> float:
+    rates = stats.get("rates")
+    rate = rates.get(model) if isinstance(rates, Mapping) else None
+    return float(rate) if isinstance(rate, int | float) and math.isfinite(rate) else 0.0
+
+
+def room(depths: Mapping[int, int], size: int) -> dict[int, int]:
+    """Return for each priority how many chunks as urgent or more may still go, given what waits in the queue."""
+    left, ahead = {}, 0
+    for priority in sorted(messages.PRIORITIES, reverse=True):
+        ahead += depths.get(priority, 0)
+        left[priority] = max(size - ahead, 0)
+    return left
+
+
+class Announcer:
+    """Moves chunks from SQL to Redis. Thread-safe; holds no state but what it may forget."""
+
+    def __init__(self, db: Database, broker: Broker) -> None:
+        self._chunks = ChunkStore(db)
+        self._fleet = Fleet(db)
+        self._registry = Registry(db)
+        self._broker = broker
+        self._settings = broker.settings
+        self._models: dict[str, int] = {}
+        self._workers: tuple[float, Sequence[WorkerRow]] = (-math.inf, ())
+
+    def announce(self, model: str) -> int:
+        """Announce what there is room for, the most urgent first, and return how many chunks went out.
+
+        The move to `announced` is committed before anything is sent: a message never names a chunk that SQL does not
+        know as announced. Where the sending fails, the chunks stay `announced`, and `announce_again` sends them later;
+        they are not put back, since some may have arrived.
+
+        Raises:
+            Unreachable: Redis or the database does not answer.
+            ModelNotFound: there is no such model.
+        """
+        queue = messages.queue_name(model)
+        depths = self._broker.depths(queue)
+        left = room(depths, self._window(model))
+        if not any(left.values()):
+            return 0
+        return self._send(queue, self._chunks.announce(self._id(model), left))
+
+    def announce_again(self, model: str) -> int:
+        """Send anew what was announced and got lost: at once when the queue is empty, else by age.
+
+        A message too many is harmless: the second claim of a chunk gets nothing. Raises as `announce`.
+        """
+        queue = messages.queue_name(model)
+        depths = self._broker.depths(queue)
+        size = self._window(model)
+        waiting = sum(depths.values())
+        age = self._settings.announce_again if waiting else LOST_AFTER
+        return self._send(queue, self._chunks.announce_again(self._id(model), age, max(size - waiting, LEAST)))
+
+    def _send(self, queue: str, announced: Sequence[Announced]) -> int:
+        if not announced:
+            return 0
+        return self._broker.send([(queue, a.priority, a.chunk) for a in announced])
+
+    def _id(self, model: str) -> int:
+        number = self._models.get(model)
+        if number is None:
+            number = self._models[model] = self._registry.resolve(model).model
+        return number
+
+    def _window(self, model: str) -> int:
+        read_at, workers = self._workers
+        if time.monotonic() - read_at > FLEET_SECONDS:
+            workers = self._fleet.workers(self._settings.stale_after)
+            self._workers = (time.monotonic(), workers)
+        return window(model, workers, self._settings.window)
+
+
+class Announces(Protocol):
+    """What the thread needs of an Announcer."""
+
+    def announce(self, model: str) -> int: ...
+    def announce_again(self, model: str) -> int: ...
+
+
+class AnnouncerThread:
+    """Announces off the caller's path, so that a submit never waits for Redis. A context manager; starts at first use.
+
+    Wakes for one model coalesce. While Redis is away there is one warning, and a try a second until it is back.
+    """
+
+    def __init__(self, announcer: Announces, *, retry_seconds: float = RETRY_SECONDS) -> None:
+        self._announcer = announcer
+        self._retry_seconds = retry_seconds
+        self._reset()
+        _all.add(self)
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._pending: set[str] = set()
+        self._busy: str | None = None
+        self._down_since: float | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the last try found Redis (or the database) away."""
+        return self._down_since is not None
+
+    def wake(self, model: str) -> None:
+        """Announce this model soon. Returns at once; never raises."""
+        with self._changed:
+            if self._closing:
+                return
+            self._pending.add(model)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="torchrelay-announcer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything was announced, at most `timeout` seconds; at once where Redis is known to be away.
+
+        Returns False where something was not: it stays in SQL, and the maintenance leader announces it.
+        """
+        with self._changed:
+            return self._changed.wait_for(self._is_settled, timeout) and not self._pending
+
+    def _is_settled(self) -> bool:
+        return (not self._pending and self._busy is None) or self.is_down
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Flush for at most `timeout` seconds, then end the thread."""
+        self.flush(timeout)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+
+    def __enter__(self) -> AnnouncerThread:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        changed = self._changed  # a fork gives the object another one
+        while True:
+            with changed:
+                if self.is_down:  # something was asked for and could not be done: no faster for being asked again
+                    changed.wait_for(lambda: self._closing, self._retry_seconds)
+                changed.wait_for(lambda: self._closing or self._pending, IDLE_SECONDS)
+                if self._closing or not self._pending:
+                    self._thread = None  # an idle thread ends, so that a relay that nobody closed can be collected
+                    return
+                model = self._busy = self._pending.pop()
+            done = self._announce(model)
+            with changed:
+                self._busy = None
+                if not done:
+                    self._pending.add(model)
+                changed.notify_all()
+
+    def _announce(self, model: str) -> bool:
+        was_down = self._down_since
+        try:
+            self._announcer.announce(model)
+            if was_down is not None:  # what was announced to a Redis that died may be lost
+                self._announcer.announce_again(model)
+        except Unreachable as error:
+            if was_down is None:
+                self._down_since = time.monotonic()
+                log.warning("redis_unreachable", reason=str(error), effect="jobs wait in SQL until it is back")
+            return False
+        except RelayError as error:
+            log.warning("announce_refused", model=model, reason=str(error))
+        except Exception:
+            log.exception("announce_failed", model=model)  # the maintenance leader tries it again each second
+        if was_down is not None:
+            self._down_since = None
+            log.info("redis_reachable", seconds=round(time.monotonic() - was_down, 1))
+        return True
+
+
+_all: weakref.WeakSet[AnnouncerThread] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    # A forked child has none of its parent's threads; the parent announces what it was asked to.
+    for thread in _all:
+        thread._reset()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,293 @@
+"""Batches without handles: storing an iterable slice by slice, and walking over what has ended.
+
+Steps that block and return, so that Batch and AsyncBatch differ only in how they wait between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torchrelay.core import check_key
+from torchrelay_storage import values
+from torchrelay_storage.batch_store import BatchChunk, BatchRow
+from torchrelay_storage.errors import InvalidInput, KeyConflict
+from torchrelay_storage.ids import Kind, show
+from torchrelay_storage.job_reader import JobRow
+from torchrelay_storage.options import Options
+from torchrelay_storage.submission import NewJob, Submission
+
+if TYPE_CHECKING:
+    from torchrelay.core import Core
+
+SLICE_JOBS = 4_096  # inputs in one transaction, rounded to whole chunks
+SLICE_BYTES = 16 << 20
+GROUP_JOBS = 512  # inputs taken from the iterable and encoded at once
+GROUP_BYTES = 1 << 20
+STEP_CHUNKS = 4  # whose ended jobs are read at once
+
+
+class BatchWriter:
+    """Stores the inputs of a batch in order, in constant memory.
+
+    `skip` inputs are stored already, where a key found a batch that somebody began; they are passed to `add` all the
+    same, and the first of them is compared. What was added is stored by `flush` at the latest; `close` writes the
+    batch's end.
+
+    Raises (all of it):
+        InvalidInput: an option, the key, the metadata or an input is refused; of an input, the message has its index.
+        KeyConflict: the batch with this key was submitted with other inputs.
+        ModelNotFound, Unreachable.
+    """
+
+    def __init__(
+        self, core: Core, model: str, options: Options, *, key: str | None, metadata: Mapping[str, Any] | None
+    ) -> None:
+        options.validate()
+        check_key(key)
+        core.encode_metadata(metadata)
+        self._core = core
+        self._options = options
+        self._key = key
+        self.version = core.model(model)
+        self.skip = 0
+        self._added = 0
+        self._metadata = metadata
+        self._batch: BatchRow | None = None
+        self._pending: list[NewJob] = []
+        self._pending_bytes = 0
+        self._group = 16
+        size = max(1, self.version.chunk_size)
+        self._slice = max(size, SLICE_JOBS // size * size)
+
+    @property
+    def batch(self) -> BatchRow:
+        """The batch's row."""
+        assert self._batch is not None, "open() comes first"
+        return self._batch
+
+    @property
+    def group(self) -> int:
+        """How many inputs to take from the iterable next: fewer where they are large."""
+        return self._group
+
+    def check(self, inputs: Sequence[object]) -> None:
+        """Refuse a list that holds a bad input before anything of it is stored."""
+        for start in range(0, len(inputs), GROUP_JOBS):
+            self._encode(inputs[start : start + GROUP_JOBS], start)
+
+    def open(self, total: int | None = None) -> None:
+        """Make the batch's row, or find the one that has the key; `total` is the number of inputs where it is known."""
+        core = self._core.ready()
+        batch = core.batches.create(self.version, self._options, key=self._key, metadata=self._metadata)
+        self._batch = batch
+        if self._key is None:
+            return
+        self.skip = core.batches.stored(batch.id)
+        if self.skip and batch.version_id != self.version.id:
+            self.version = core.registry.version(batch.version_id)  # it goes on as it began
+        if total is not None and (total < self.skip or (batch.closed and total != self.skip)):
+            raise self._conflict()
+
+    def add(self, inputs: Sequence[object]) -> None:
+        """Take the next inputs; store a slice when it is full. What came before a bad input is stored."""
+        start = self._added
+        self._added += len(inputs)
+        if start == 0 and self.skip and inputs:
+            self._compare_first(inputs[0])
+        inputs = inputs[max(self.skip - start, 0) :]
+        start = max(start, self.skip)
+        if not inputs:
+            return
+        if self.batch.closed:
+            raise self._conflict()  # all that it has is stored, and here is more
+        try:
+            encoded = self._encode(inputs, start)
+        except InvalidInput:
+            self._take(list(self._until_bad(inputs)))
+            self.flush()
+            raise
+        self._take(encoded)
+        average = max(1, sum(map(len, encoded)) // len(encoded))
+        self._group = max(1, min(GROUP_JOBS, GROUP_BYTES // average, self._group * 2))
+
+    def flush(self) -> None:
+        """Store what was added and is not stored yet."""
+        self._store(len(self._pending))
+
+    def close(self) -> BatchRow:
+        """Store the rest, and write that no more will come."""
+        self.flush()
+        if self._added < self.skip:
+            raise self._conflict()
+        if not self.batch.closed:
+            self._core.batches.close(self.batch.id)
+            # Who waits in another process looks into SQL soon; Redis may be silent, and is not on a submit's path.
+            self._core.completions.hit((), (self.batch.id,))
+        return self.batch
+
+    def _take(self, encoded: Sequence[bytes]) -> None:
+        limit, store_input = self._core.settings.inline_limit, self._core.store_input
+        self._pending += [NewJob(data if len(data) <= limit else store_input(data)) for data in encoded]
+        self._pending_bytes += sum(min(len(data), limit) for data in encoded)
+        while len(self._pending) >= self._slice:
+            self._store(self._slice)
+        if self._pending_bytes >= SLICE_BYTES:
+            self.flush()
+
+    def _store(self, count: int) -> None:
+        if not count:
+            return
+        jobs = self._pending[:count]
+        self._core.jobs.submit([Submission(self.version, self._options, jobs, batch=self.batch.id)])
+        del self._pending[:count]  # what could not be stored stays, and the next flush tries it again
+        self._pending_bytes = sum(len(job.input) for job in self._pending)
+        self._core.wake(self.version.name)
+
+    def _encode(self, inputs: Sequence[object], start: int) -> list[bytes]:
+        try:
+            encoded = values.encode_many(inputs)
+            if max(map(len, encoded)) <= self._core.settings.max_input_bytes:
+                return encoded
+        except InvalidInput:
+            pass
+        encoded = []
+        for i, value in enumerate(inputs):
+            try:
+                encoded.append(self._core.check_size(values.encode(value)))
+            except InvalidInput as error:
+                raise InvalidInput(f"input {start + i}: {error}") from None
+        return encoded
+
+    def _until_bad(self, inputs: Sequence[object]) -> Iterator[bytes]:
+        for value in inputs:
+            try:
+                yield self._core.check_size(values.encode(value))
+            except InvalidInput:
+                return
+
+    def _compare_first(self, value: object) -> None:
+        """A key with other inputs is a mistake. The first stands for all: to compare a million would cost a submit."""
+        chunks = self._core.batches.chunks(self.batch.id)
+        if not chunks:
+            return
+        stored = self._core.jobs.get([chunks[0].first], with_input=True, with_output=False)
+        row = stored.get(chunks[0].first)
+        if row is None or row.input is None:
+            return
+        encoded = self._encode([value], 0)[0]
+        reference = values.as_reference(row.input)
+        if reference is not None:
+            same = reference.size == len(encoded)
+        else:
+            same = values.digest(row.input) == values.digest(encoded)
+        if not same:
+            raise self._conflict()
+
+    def _conflict(self) -> KeyConflict:
+        return KeyConflict(self._key or "", show(Kind.BATCH, self.batch.id))
+
+
+def refuse_no_iterable(inputs: object) -> None:
+    """Raise InvalidInput for what iterates, and is one input all the same."""
+    if isinstance(inputs, str | bytes | Mapping):
+        raise InvalidInput(f"a batch is made of an iterable of inputs; a {type(inputs).__name__} is one input")
+
+
+def write(writer: BatchWriter, inputs: Iterable[object]) -> BatchRow:
+    """Store a whole iterable. Where it raises, what it gave before is stored, and the batch stays open."""
+    refuse_no_iterable(inputs)
+    if isinstance(inputs, Sequence):
+        writer.check(inputs)
+    writer.open(len(inputs) if isinstance(inputs, Sized) else None)
+    source = iter(inputs)
+    while True:
+        group: list[object] = []
+        try:
+            group.extend(islice(source, writer.group))
+        except Exception:
+            writer.add(group)  # extend has kept what came before the error
+            writer.flush()
+            raise
+        if not group:
+            return writer.close()
+        writer.add(group)
+
+
+class Arrivals:
+    """The jobs of a batch in the order in which they end, each once."""
+
+    def __init__(self, core: Core, batch: int) -> None:
+        self._core = core
+        self._batch = batch
+        self._seen: dict[int, set[int]] = {}  # chunk -> jobs given out, while the chunk is open
+        self._done: dict[int, int] = {}  # chunk -> how many were given out in the end
+        self._todo: list[BatchChunk] = []
+
+    def step(self) -> tuple[list[JobRow], bool]:
+        """Return the next jobs that have ended, and whether that was the end; nothing: wait, and try again."""
+        if not self._todo:
+            closed = self._core.batches.get(self._batch).closed  # before the chunks: none may come in between
+            chunks = self._core.batches.chunks(self._batch)
+            self._todo = [c for c in reversed(chunks) if c.ended > self._given(c.id)]
+            if not self._todo:
+                return [], closed and all(c.ended == c.size for c in chunks)
+        part = [self._todo.pop() for _ in range(min(STEP_CHUNKS, len(self._todo)))]
+        rows: list[JobRow] = []
+        for chunk in part:
+            seen = self._seen.setdefault(chunk.id, set())
+            fresh = [r for r in self._core.jobs.ended_in([chunk.id]) if r.id not in seen]
+            rows.extend(fresh)
+            seen.update(r.id for r in fresh)
+            if len(seen) >= chunk.size:
+                self._done[chunk.id] = len(self._seen.pop(chunk.id))
+        rows.sort(key=lambda row: row.finished_at or 0.0)
+        return rows, False
+
+    def _given(self, chunk: int) -> int:
+        return self._done[chunk] if chunk in self._done else len(self._seen.get(chunk, ()))
+
+
+class InOrder:
+    """The jobs of a batch in the order of their inputs, each as soon as all before it have ended."""
+
+    def __init__(self, core: Core, batch: int) -> None:
+        self._core = core
+        self._batch = batch
+        self._chunks: list[BatchChunk] = []
+        self._closed = False
+        self._at = 0  # in chunks: all before it are given out
+        self._next = 0  # the smallest id that was not given out
+
+    def step(self) -> tuple[list[JobRow], bool]:
+        """As `Arrivals.step`."""
+        found = self._run()
+        if found is None or not all(c.ended == c.size for c in found[1]):
+            self._closed = self._core.batches.get(self._batch).closed
+            self._chunks = self._core.batches.chunks(self._batch)
+            self._at = 0
+            found = self._run()
+            if found is None:
+                return [], self._closed
+            if not all(c.ended == c.size for c in found[1]):
+                return [], False
+        last, members = found
+        rows = [r for r in self._core.jobs.ended_in([c.id for c in members]) if self._next <= r.id <= last]
+        self._next = last + 1
+        return rows, False
+
+    def _run(self) -> tuple[int, list[BatchChunk]] | None:
+        """The next run of ids, and every chunk with jobs in it: a job that is tried again moves to another chunk."""
+        while self._at < len(self._chunks) and self._chunks[self._at].last < self._next:
+            self._at += 1
+        if self._at == len(self._chunks):
+            return None
+        last = self._chunks[self._at].last
+        members = []
+        for chunk in islice(self._chunks, self._at, None):
+            if chunk.first > last:
+                break
+            if chunk.last >= self._next and chunk.size:
+                members.append(chunk)
+        return last, members

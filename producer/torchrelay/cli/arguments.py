@@ -1,0 +1,86 @@
+"""Arguments and options that several commands share, and what their values mean. Not here: any command."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchrelay.cli.output import Screen
+from torchrelay.cli.session import Session
+from torchrelay_storage import ids
+from torchrelay_storage.errors import InvalidInput, JobNotFound, RelayError
+from torchrelay_storage.ids import Kind
+
+if TYPE_CHECKING:
+    from torchrelay.core import Core
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of models that begin so, for the shell; none where there is no database."""
+    from torchrelay_storage.registry import Registry
+
+    try:
+        with Session().database() as database:
+            return [m.newest.name for m in Registry(database).models() if m.newest.name.startswith(incomplete)]
+    except RelayError:
+        return []
+
+
+Model = Annotated[str, typer.Argument(help="Name of a model, or name@version.", autocompletion=complete_model)]
+Id = Annotated[str, typer.Argument(help="Id of a job (j_…) or a batch (b_…).", metavar="ID")]
+
+# The options of a job, shared by submit and batch.
+Priority = Annotated[int, typer.Option("--priority", "-p", help="0 to 9, 9 the most urgent.")]
+Key = Annotated[str | None, typer.Option(help="The same key and input give the same job, in whatever state.")]
+Delay = Annotated[float | None, typer.Option(help="Seconds until it may start.", metavar="SECONDS")]
+NotBefore = Annotated[
+    str | None, typer.Option(help="When it may start: ISO 8601, or seconds since 1970.", metavar="TIME")
+]
+ExpiresIn = Annotated[float | None, typer.Option(help="Seconds within which it must have started.", metavar="SECONDS")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds that its device batch may take.", metavar="SECONDS")]
+MaxAttempts = Annotated[int, typer.Option(help="How often it may fail.")]
+Metadata = Annotated[str | None, typer.Option(help="A JSON object of your own, or @file.json.", metavar="JSON")]
+Tenant = Annotated[str, typer.Option(help="Who shares the workers fairly with other tenants.")]
+Wait = Annotated[bool, typer.Option("--wait", "-w", help="Wait until it has ended.")]
+WaitLimit = Annotated[float | None, typer.Option(help="Seconds to wait at most; then exit 1.", metavar="SECONDS")]
+
+
+def kind_of(text: str) -> Kind:
+    """Return whether this is the id of a job or of a batch. Raises JobNotFound where it is neither."""
+    try:
+        kind = ids.kind_of(text)
+    except InvalidInput as error:
+        raise JobNotFound(str(error)) from None
+    if kind not in (Kind.JOB, Kind.BATCH):
+        raise JobNotFound(f"{text} is the id of a {kind.noun}; pass that of a job or a batch")
+    return kind
+
+
+def point_in_time(text: str | None) -> float | None:
+    """Return a time as seconds since 1970; one without a zone is local. Raises InvalidInput."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        return float(text)
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise InvalidInput(
+            f"--not-before must be a time such as 2026-05-17T08:30, or seconds since 1970, not {text!r}"
+        ) from None
+
+
+def road_is_open(core: Core, screen: Screen) -> bool:
+    """Return whether Redis answers, and say so where it does not: what was stored waits in SQL until it does."""
+    from torchrelay.embedded import holder
+
+    if core.broker.is_up():
+        return True
+    if core.settings.is_embedded and holder(core.settings.home) is None:
+        screen.note(f"stored; nothing runs in {core.settings.home} now: `torchrelay up` runs it")
+    else:
+        screen.note(f"stored; {core.broker.safe_url} does not answer: workers find it in the database")
+    return False

@@ -1,0 +1,172 @@
+"""Jobs, batches and models as JSON documents and as tables. Reads rows; asks nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from torchrelay.cli.output import facts, moment, short, span, table
+from torchrelay_storage.batch_store import BatchRow, Counts
+from torchrelay_storage.fleet import WorkerRow
+from torchrelay_storage.ids import Kind, show
+from torchrelay_storage.job_reader import JobRow
+from torchrelay_storage.registry import ModelRow, ModelVersion
+from torchrelay_storage.states import JobState
+
+STATES = tuple(state.value for state in JobState)
+
+
+def job_document(row: JobRow) -> dict[str, Any]:
+    """Return a job as JSON shows it. Times are ISO 8601 in UTC; its result is a command of its own."""
+    return {
+        "id": show(Kind.JOB, row.id),
+        "state": row.state.value,
+        "model": f"{row.model}@{row.version}",
+        "batch": _batch_id(row.batch),
+        "priority": row.priority,
+        "failures": row.failures,
+        "max_attempts": row.max_attempts,
+        "timeout": row.timeout,
+        "tenant": row.tenant,
+        "key": row.key,
+        "metadata": row.metadata,
+        "worker": row.worker,
+        "error": {"type": row.error.type, "message": row.error.message, "traceback": row.error.traceback}
+        if row.error
+        else None,
+        "created_at": moment(row.created_at),
+        "not_before": moment(row.not_before),
+        "expires_at": moment(row.expires_at),
+        "finished_at": moment(row.finished_at),
+    }
+
+
+def job_facts(row: JobRow) -> Table:
+    """Return everything about one job."""
+    took = row.finished_at - row.created_at if row.finished_at is not None else None
+    return facts([
+        ("job", show(Kind.JOB, row.id)),
+        ("state", row.state.value),
+        ("model", f"{row.model}@{row.version}"),
+        ("batch", _batch_id(row.batch)),
+        ("priority", row.priority),
+        ("failures", f"{row.failures} of {row.max_attempts} attempts" if row.failures else None),
+        ("timeout", span(row.timeout) if row.timeout is not None else None),
+        ("tenant", row.tenant),
+        ("key", row.key),
+        ("metadata", row.metadata),
+        ("created", moment(row.created_at)),
+        ("not before", moment(row.not_before)),
+        ("expires", moment(row.expires_at)),
+        ("finished", f"{moment(row.finished_at)}, {span(took)} after the submit" if took is not None else None),
+        ("worker", row.worker),
+        ("error", f"{row.error.type}: {row.error.message}" if row.error else None),
+        ("traceback", row.error.traceback if row.error else None),
+    ])  # fmt: skip
+
+
+def jobs_table(rows: Sequence[JobRow], now: float) -> Table:
+    """Return jobs as a table. `now` is seconds since 1970 on the database's clock."""
+    columns = ["id", "state", "model", "priority", "age", "took", "batch", "error"]
+    cells = [
+        [show(Kind.JOB, row.id), row.state.value, f"{row.model}@{row.version}", row.priority,
+         span(now - row.created_at),
+         span(row.finished_at - row.created_at) if row.finished_at is not None else None,
+         _batch_id(row.batch), short(f"{row.error.type}: {row.error.message}", 48) if row.error else None]
+        for row in rows
+    ]  # fmt: skip
+    used = [i for i, name in enumerate(columns) if name not in ("batch", "error") or any(c[i] for c in cells)]
+    return table([columns[i] for i in used], ([c[i] for i in used] for c in cells), numbers=("priority", "age", "took"))
+
+
+def batch_document(row: BatchRow, counts: Counts) -> dict[str, Any]:
+    """Return a batch as JSON shows it."""
+    return {
+        "id": show(Kind.BATCH, row.id),
+        "state": batch_word(row, counts),
+        "model": f"{row.model}@{row.version}",
+        "priority": row.priority,
+        "tenant": row.tenant,
+        "key": row.key,
+        "metadata": dict(row.metadata),
+        "closed": counts.closed,
+        "paused": row.paused,
+        "done": counts.done,
+        "total": counts.total,
+        "counts": counts_document(counts),
+        "created_at": moment(row.created_at),
+    }
+
+
+def counts_document(counts: Counts) -> dict[str, int]:
+    """Return the number of jobs by state, in the order in which jobs live."""
+    return {state: getattr(counts, state) for state in STATES}
+
+
+def batch_word(row: BatchRow, counts: Counts) -> str:
+    """Return one word for how a batch is: open (its end is not written), paused, running, done."""
+    if counts.done:
+        return "done"
+    if row.paused:
+        return "paused"
+    return "running" if counts.closed else "open"
+
+
+def batch_facts(row: BatchRow, counts: Counts) -> Table:
+    """Return everything about one batch."""
+    word = batch_word(row, counts)
+    if not counts.closed:
+        word += ": its end is not written; whoever submits it goes on, or has died (the same --key goes on with it)"
+    return facts([
+        ("batch", show(Kind.BATCH, row.id)),
+        ("state", word),
+        ("model", f"{row.model}@{row.version}"),
+        ("jobs", f"{counts.ended:,} of {counts.total:,} ended"),
+        *((f"  {state}", f"{n:,}") for state, n in counts_document(counts).items() if n),
+        ("priority", row.priority),
+        ("tenant", row.tenant),
+        ("key", row.key),
+        ("metadata", dict(row.metadata)),
+        ("created", moment(row.created_at)),
+    ])  # fmt: skip
+
+
+def batches_table(found: Sequence[tuple[BatchRow, Counts]], now: float) -> Table:
+    """Return batches as a table. `now` as in `jobs_table`."""
+    columns = ["id", "state", "model", "jobs", "ended", "failed", "age", "key"]
+    cells = [
+        [show(Kind.BATCH, row.id), batch_word(row, counts), f"{row.model}@{row.version}", f"{counts.total:,}",
+         f"{counts.ended:,}", f"{counts.failed:,}" if counts.failed else "", span(now - row.created_at), row.key]
+        for row, counts in found
+    ]  # fmt: skip
+    used = [i for i, name in enumerate(columns) if name not in ("failed", "key") or any(c[i] for c in cells)]
+    numbers = ("jobs", "ended", "failed", "age")
+    return table([columns[i] for i in used], ([c[i] or "" for i in used] for c in cells), numbers=numbers)
+
+
+def model_document(row: ModelRow, workers: Iterable[str]) -> dict[str, Any]:
+    """Return a model as JSON shows it; `workers` are the names of those that serve it."""
+    return {
+        **version_document(row.newest), "versions": row.versions, "waiting": row.waiting, "running": row.running,
+        "workers": list(workers),
+    }  # fmt: skip
+
+
+def serving(models: Sequence[ModelRow], alive: Sequence[WorkerRow]) -> dict[str, list[str]]:
+    """Return by a model's name which of the living workers serve it."""
+    return {m.newest.name: [w.name for w in alive if w.models is None or m.newest.name in w.models] for m in models}
+
+
+def version_document(version: ModelVersion) -> dict[str, Any]:
+    """Return a version of a model as JSON shows it."""
+    return {
+        "name": version.name, "version": version.version, "ref": version.ref, "handler": version.handler,
+        "weights": version.weights, "sha256": version.sha256, "config": dict(version.config),
+        "paused": version.paused, "created_at": moment(version.created_at),
+    }  # fmt: skip
+
+
+def _batch_id(batch: int | None) -> str | None:
+    return show(Kind.BATCH, batch) if batch is not None else None

@@ -1,0 +1,264 @@
+"""Commands about jobs, and about batches by their ids: submit, status, list, cancel, retry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchrelay.cli.arguments import (
+    Delay,
+    ExpiresIn,
+    Id,
+    Key,
+    MaxAttempts,
+    Metadata,
+    Model,
+    NotBefore,
+    Priority,
+    Tenant,
+    Timeout,
+    Wait,
+    WaitLimit,
+    complete_model,
+    kind_of,
+    point_in_time,
+    road_is_open,
+)
+from torchrelay.cli.results import show_result
+from torchrelay.cli.session import Json, Session, core_of
+from torchrelay_storage import ids
+from torchrelay_storage.errors import (
+    BatchNotFound,
+    InvalidInput,
+    JobNotFound,
+    NotFound,
+)
+from torchrelay_storage.ids import Kind, show
+from torchrelay_storage.states import TERMINAL, JobState
+
+if TYPE_CHECKING:
+    from torchrelay.core import Core
+
+PANEL = "Jobs"
+RETRY_PAGE = 1_000  # jobs that `retry --state` looks at in one go
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(rich_help_panel=PANEL)(submit)
+    app.command(rich_help_panel=PANEL)(status)
+    app.command("list", rich_help_panel=PANEL)(list_)
+    app.command(rich_help_panel=PANEL)(cancel)
+    app.command(rich_help_panel=PANEL)(retry)
+
+
+# --- submit ------------------------------------------------------------------------------------------------
+
+
+def submit(
+    ctx: typer.Context,
+    model: Model,
+    input_: Annotated[
+        str,
+        typer.Option("--input", "-i", metavar="JSON|@FILE|-", help="JSON; @file.json, .txt, .npy, .png …; - stdin."),
+    ],
+    *,
+    priority: Priority = 5,
+    key: Key = None,
+    delay: Delay = None,
+    not_before: NotBefore = None,
+    expires_in: ExpiresIn = None,
+    timeout: Timeout = None,
+    max_attempts: MaxAttempts = 3,
+    metadata: Metadata = None,
+    tenant: Tenant = "",
+    wait: Wait = False,
+    wait_limit: WaitLimit = None,
+    _json: Json = False,
+) -> None:
+    """Submit one job and print its id; with --wait, its result."""
+    from torchrelay.cli.inputs import read_object, read_value
+
+    session = Session.of(ctx)
+    screen = session.screen
+    value, described = read_value(input_), read_object(metadata, "--metadata")
+    with session.relay() as relay:
+        core = core_of(relay)
+        job = relay.submit(
+            model, value, priority=priority, key=key, delay=delay, not_before=point_in_time(not_before),
+            expires_in=expires_in, timeout=timeout, max_attempts=max_attempts, metadata=described, tenant=tenant,
+        )  # fmt: skip
+        if not wait and wait_limit is None:
+            document = {"id": job.id, "state": job.state.value, "model": job.model}
+            screen.show(document | {"redis": road_is_open(core, screen)}, job.id)
+            return
+        screen.note(f"{job.id}: waiting for its result")
+        road_is_open(core, screen)
+        job.wait(wait_limit)
+        show_result(screen, core, core.job(ids.read(Kind.JOB, job.id)), None)
+
+
+# --- status and list ---------------------------------------------------------------------------------------
+
+
+def status(ctx: typer.Context, id_: Id, _json: Json = False) -> None:
+    """Show one job or batch."""
+    from torchrelay.cli import documents
+
+    session = Session.of(ctx)
+    with session.core() as core:
+        if kind_of(id_) is Kind.JOB:
+            row = core.job(ids.read(Kind.JOB, id_), with_output=False)
+            session.screen.show(documents.job_document(row), documents.job_facts(row))
+        else:
+            number = ids.read(Kind.BATCH, id_)
+            batch, counts = core.batches.get(number), core.batches.counts(number)
+            session.screen.show(documents.batch_document(batch, counts), documents.batch_facts(batch, counts))
+
+
+def list_(
+    ctx: typer.Context,
+    *,
+    state: Annotated[list[JobState] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only of this model.", autocompletion=complete_model)] = None,
+    batch: Annotated[str | None, typer.Option(help="Only of this batch.", metavar="ID")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10_000, help="How many at most.")] = 20,
+    before: Annotated[
+        str | None, typer.Option(help="The last id of the page before: show what is older.", metavar="ID")
+    ] = None,
+    batches: Annotated[bool, typer.Option("--batches", help="List batches instead (with --model).")] = False,
+    _json: Json = False,
+) -> None:
+    """List jobs, the newest first; with --batches, batches."""
+    from torchrelay.cli import documents
+
+    session = Session.of(ctx)
+    if batches:
+        if state or batch or tenant:
+            raise InvalidInput("--batches goes with --model, --limit and --before")
+        _list_batches(session, model, limit, before)
+        return
+    with session.core() as core:
+        rows = core.page(state=state or None, model=model, batch=batch, tenant=tenant, limit=limit, before=before)
+        if session.as_json:
+            session.screen.document([documents.job_document(row) for row in rows])
+            return
+        if not rows:
+            session.screen.note("no job is like this")
+            return
+        session.screen.show(None, documents.jobs_table(rows, core.db.now()))
+        if len(rows) == limit:
+            session.screen.note(f"there may be more: --before {show(Kind.JOB, rows[-1].id)}")
+
+
+def _list_batches(session: Session, model: str | None, limit: int, before: str | None) -> None:
+    from torchrelay.cli import documents
+
+    last = ids.read(Kind.BATCH, before) if before is not None else None
+    with session.core() as core:
+        name = core.model(model).name if model is not None else None
+        rows = core.batches.page(limit=limit, before=last, model=name)
+        found = [(row, core.batches.counts(row.id)) for row in rows]
+        if session.as_json:
+            session.screen.document([documents.batch_document(row, counts) for row, counts in found])
+        elif found:
+            session.screen.show(None, documents.batches_table(found, core.db.now()))
+            if len(rows) == limit:
+                session.screen.note(f"there may be more: --before {show(Kind.BATCH, rows[-1].id)}")
+        else:
+            session.screen.note("there is no batch")
+
+
+# --- cancel and retry --------------------------------------------------------------------------------------
+
+
+def cancel(
+    ctx: typer.Context,
+    which: Annotated[list[str], typer.Argument(help="Ids of jobs or batches.", metavar="ID…")],
+    _json: Json = False,
+) -> None:
+    """Cancel jobs, or all open jobs of batches. What runs goes on to its end, and its result is dropped."""
+    session = Session.of(ctx)
+
+    with session.core() as core:
+
+        def one(number: int) -> int:
+            return core.cancel([number])
+
+        counts = _each(core, which, one, core.cancel_batch)
+    total = sum(counts.values())
+    session.screen.show({"cancelled": total, "by_id": counts}, f"{total:,} cancelled")
+    for name in (name for name, count in counts.items() if count == 0):
+        session.screen.note(f"{name} had nothing to cancel: it has ended")
+
+
+def retry(
+    ctx: typer.Context,
+    which: Annotated[list[str] | None, typer.Argument(help="Ids of jobs or batches.", metavar="ID…")] = None,
+    *,
+    state: Annotated[
+        list[JobState] | None, typer.Option(help="Those in this state: failed, cancelled, expired.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --state: of it only.", autocompletion=complete_model)] = None,
+    batch: Annotated[str | None, typer.Option(help="With --state: of this batch.", metavar="ID")] = None,
+    _json: Json = False,
+) -> None:
+    """Run jobs again that ended without success: by id, the failed ones of a batch, or all in a state."""
+    session = Session.of(ctx)
+    if bool(which) == bool(state):
+        raise InvalidInput("say which jobs: either ids, or --state failed (with --model or --batch, if you like)")
+    if (model or batch) and not state:
+        raise InvalidInput("--model and --batch go with --state; a batch's failed jobs: `torchrelay retry b_…`")
+    if bad := [word.value for word in state or () if word not in TERMINAL - {JobState.SUCCEEDED}]:
+        raise InvalidInput(f"--state {bad[0]}: only failed, cancelled and expired jobs can be retried")
+    with session.core() as core:
+
+        def one(number: int) -> int:
+            return core.retry(number, core.job(number, with_output=False).model)
+
+        def of_batch(number: int) -> int:
+            return core.retry_failed(number, core.batches.get(number).model)
+
+        if which:
+            counts = _each(core, which, one, of_batch)
+        else:
+            counts = {word.value: _retry_all(core, word, model, batch) for word in state or ()}
+        if any(counts.values()):
+            road_is_open(core, session.screen)
+    total = sum(counts.values())
+    session.screen.show({"retried": total, "by_id" if which else "by_state": counts}, f"{total:,} will run again")
+    if not total:
+        session.screen.note(
+            "nothing to retry: a job must have failed, expired or been cancelled; of a batch the failed"
+        )
+        session.screen.note("jobs are retried, and `--state cancelled --batch b_…` retries others")
+
+
+def _each(core: Core, which: list[str], job: Callable[[int], int], batch: Callable[[int], int]) -> dict[str, int]:
+    """Do it to each id, once all of them are known to exist; return how many jobs each id brought."""
+    numbers = {text: ids.read(kind_of(text), text) for text in which}
+    jobs = {text for text in which if kind_of(text) is Kind.JOB}
+    found = core.jobs.get([numbers[text] for text in jobs], with_output=False)
+    missing = [text for text in which if text in jobs and numbers[text] not in found]
+    if missing:
+        raise JobNotFound(f"no job has the id {', '.join(missing)}; nothing was done")
+    for text in which:
+        if text not in jobs:
+            try:
+                core.batches.get(numbers[text])
+            except NotFound as error:
+                raise BatchNotFound(f"{error}; nothing was done") from None
+    return {text: job(numbers[text]) if text in jobs else batch(numbers[text]) for text in numbers}
+
+
+def _retry_all(core: Core, state: JobState, model: str | None, batch: str | None) -> int:
+    """Page through what is in this state and retry it: below the last id, so that what fails again is not met again."""
+    count, before = 0, None
+    while rows := core.page(state=[state], model=model, batch=batch, tenant=None, limit=RETRY_PAGE, before=before):
+        count += core.tell(core.jobs.retry([row.id for row in rows]))
+        core.wake_many({row.model for row in rows})
+        before = show(Kind.JOB, rows[-1].id)
+    return count

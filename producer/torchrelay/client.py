@@ -1,0 +1,250 @@
+"""Relay: what an application submits with, polls, and reads results by. `async_client` has its asyncio twin.
+
+Thread-safe: one Relay serves a whole process, and a forked child goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torchrelay.batches import BatchWriter, write
+from torchrelay.core import Core
+from torchrelay.handles import Batch, Job
+from torchrelay.settings import Settings
+from torchrelay_storage import ids
+from torchrelay_storage.errors import RelayError
+from torchrelay_storage.fleet import WorkerRow
+from torchrelay_storage.ids import Kind
+from torchrelay_storage.options import Options
+from torchrelay_storage.registry import ModelRow, ModelVersion
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+R = TypeVar("R", bound="Relay")
+
+
+class Relay:
+    """The application's side.
+
+    Args:
+        database: `sqlite:///path` or `postgresql://user:password@host/name`.
+        broker: `redis://host:6379/0`, `rediss://…` or `redis+socket:///path`.
+        artifacts: `file:///folder`, `s3://bucket/prefix` or `memory://`.
+        home: the folder of what is embedded, where the three above are not given.
+        settings: all settings at once, in the place of the others.
+
+    What is not passed comes from `torchrelay.toml`, else from `TORCHRELAY_*` variables, else it is the embedded
+    default. Nothing is connected to before it is needed. Raises InvalidInput for a setting that is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        database: str | None = None,
+        broker: str | None = None,
+        artifacts: str | None = None,
+        home: Path | str | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        if settings is None:
+            settings = Settings.load(database=database, broker=broker, artifacts=artifacts, home=home)
+        self._core = self._make_core(settings)
+
+    def _make_core(self, settings: Settings) -> Core:
+        return Core(settings)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._core.settings
+
+    # --- submit -------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        model: str,
+        input: object,
+        *,
+        priority: int = 5,
+        key: str | None = None,
+        delay: float | None = None,
+        not_before: float | None = None,
+        expires_in: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int = 3,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str = "",
+        session: Session | scoped_session[Any] | None = None,
+    ) -> Job:
+        """Submit one job. Once this returns, the job is stored, whatever happens to Redis.
+
+        Args:
+            model: a registered model, `digits` for its newest version or `digits@3`.
+            input: JSON values, bytes (also of a PNG or JPEG), NumPy arrays, torch tensors, and dicts and lists of them.
+            priority: 0 to 9, 9 the most urgent.
+            key: the same key and input give the same job, in whatever state it is.
+            delay: seconds until it may start.
+            not_before: the same as a point in time, seconds since 1970.
+            expires_in: seconds within which it must have started.
+            timeout: seconds that its device batch may take.
+            max_attempts: how often it may fail.
+            metadata: JSON of the caller's own, kept with the job.
+            tenant: who shares the workers fairly with other tenants; also the scope of `key`.
+            session: a SQLAlchemy Session on the same database: the job exists if and only if that commits. With
+                SQLite, commit soon: its transaction keeps all others from writing.
+
+        Raises:
+            InvalidInput: an option or the input is refused; nothing is stored.
+            KeyConflict: the key belongs to another input.
+            ModelNotFound: it names the models that come near.
+            Unreachable: the database does not answer. Redis may be away: the job goes out when it is back.
+        """
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        if session is not None:
+            from torchrelay.sessions import submit_in, sync_session  # the ORM takes a fifth of a second to import
+
+            plain_session = sync_session(session)
+        prepared = self._core.prepare(model, input, options, key=key, metadata=metadata)
+        try:
+            if session is not None:
+                placed = submit_in(self._core, plain_session, prepared)
+            else:
+                placed = self._core.submit(prepared).result()
+        except RelayError:
+            self._core.forget_input(prepared)
+            raise
+        if placed.existed:
+            self._core.forget_input(prepared)
+            return Job(self._core, self._core.job(placed.job))
+        return Job(self._core, self._core.new_row(prepared, placed))
+
+    def submit_batch(
+        self,
+        model: str,
+        inputs: Iterable[object],
+        *,
+        priority: int = 5,
+        key: str | None = None,
+        delay: float | None = None,
+        not_before: float | None = None,
+        expires_in: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int = 3,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str = "",
+    ) -> Batch:
+        """Submit a job for each input, stored in slices of some thousands; what is stored runs at once.
+
+        A list with an input that is refused is refused whole, before anything is stored. Of a generator, what comes
+        before the refused input, or before an error that it raises, is stored and runs; the batch then stays open, as
+        where this process dies. Submitting the same inputs again under the same `key` goes on after the last input
+        stored, and gives back a batch that is whole already. One client at a time may submit under a key.
+
+        Args:
+            inputs: any iterable; a generator is consumed in constant memory.
+            key: names the batch, for going on and for not submitting it twice.
+            metadata: of the batch.
+            model, priority, delay, not_before, expires_in, timeout, max_attempts, tenant: of each job, as in `submit`.
+
+        Raises:
+            InvalidInput: an option or an input is refused; the message has the input's index.
+            KeyConflict: the batch with this key has other inputs (its first, or their number).
+            ModelNotFound, Unreachable: as in `submit`.
+        """
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        writer = BatchWriter(self._core.ready(), model, options, key=key, metadata=metadata)
+        return Batch(self._core, write(writer, inputs))
+
+    # --- read ---------------------------------------------------------------------------------------------
+
+    def job(self, id: str) -> Job:
+        """Return the job with this id. Raises JobNotFound."""
+        return Job(self._core, self._core.job(ids.read(Kind.JOB, id)))
+
+    def batch(self, id: str) -> Batch:
+        """Return the batch with this id. Raises BatchNotFound."""
+        return Batch(self._core, self._core.ready().batches.get(ids.read(Kind.BATCH, id)))
+
+    def jobs(
+        self,
+        *,
+        state: str | Iterable[str] | None = None,
+        model: str | None = None,
+        batch: str | None = None,
+        tenant: str | None = None,
+        limit: int = 50,
+        before: str | None = None,
+    ) -> list[Job]:
+        """Return the newest jobs, the newest first.
+
+        Args:
+            state: one of the states, or several.
+            model, batch, tenant: which jobs.
+            limit: how many at most.
+            before: the id of a page's last job; the next page goes on below it.
+        """
+        rows = self._core.page(state=state, model=model, batch=batch, tenant=tenant, limit=limit, before=before)
+        return [Job(self._core, row) for row in rows]
+
+    def batches(self, *, model: str | None = None, limit: int = 50, before: str | None = None) -> list[Batch]:
+        """Return the newest batches, the newest first; `before` as in `jobs`."""
+        last = ids.read(Kind.BATCH, before) if before is not None else None
+        rows = self._core.ready().batches.page(limit=limit, before=last, model=model)
+        return [Batch(self._core, row) for row in rows]
+
+    def models(self) -> list[ModelRow]:
+        """Return the registered models: newest version, how many versions, how many jobs wait and run."""
+        return self._core.models()
+
+    def workers(self) -> list[WorkerRow]:
+        """Return the workers on record, the newest first; `alive` says which of them work."""
+        return self._core.workers()
+
+    # --- models -------------------------------------------------------------------------------------------
+
+    def register_model(
+        self,
+        name: str,
+        *,
+        handler: str,
+        weights: Path | str | None = None,
+        config: Mapping[str, Any] | None = None,
+        chunk_size: int | None = None,
+    ) -> ModelVersion:
+        """Add the next version of a model; running workers pick it up.
+
+        Args:
+            handler: the name under which workers know the Python class (an entry point of the group
+                `torchrelay.models`, or the setting `handlers`). Never an import path.
+            weights: a local file; it is uploaded to the artifact store, and its sha256 is recorded.
+            config: JSON for the handler.
+            chunk_size: how many jobs travel together; a worker that has measured the model sets it better.
+        """
+        return self._core.register_model(name, handler, weights, config, chunk_size)
+
+    def pause(self, model: str) -> None:
+        """Let nothing of a model be started until `resume`; submits go on, and it survives every restart."""
+        self._core.pause(model)
+
+    def resume(self, model: str) -> None:
+        """End a model's pause."""
+        self._core.resume(model)
+
+    # --- the end ------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go out what was submitted, then end the threads and close the connections."""
+        self._core.close()
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._core.db.safe_url} {self._core.broker.safe_url}>"
