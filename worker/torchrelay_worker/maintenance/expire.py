@@ -1,0 +1,30 @@
+"""The duty that ends jobs which were not started within their `expires_in`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torchrelay_storage.settle import Moved
+
+
+class Expires(Protocol):
+    """What it needs of a ChunkStore."""
+
+    def expire(self) -> Moved: ...
+
+
+class Expire:
+    """Each second."""
+
+    name = "expire"
+    every = 1.0
+
+    def __init__(self, chunks: Expires, publish: Callable[[Sequence[int], Sequence[int]], object]) -> None:
+        self._chunks = chunks
+        self._publish = publish
+
+    def run(self) -> None:
+        """Do it once. Raises Unreachable."""
+        while (moved := self._chunks.expire()).chunks:
+            self._publish(moved.chunks, moved.batches)

@@ -1,0 +1,289 @@
+"""The first step: messages in, chunks claimed, as many as this worker will soon run.
+
+A Celery task hands over a chunk's id and waits until it is claimed; what is claimed goes to the preparing threads once
+its model is loaded. While Redis is away, chunks are claimed straight from SQL. Not here: Celery itself (`consumer`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from torchrelay_storage.chunk_store import Claimed
+from torchrelay_storage.errors import Unreachable
+from torchrelay_worker.models.residency import LoadFailed, Residency
+from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.pipeline.pace import Pace
+from torchrelay_worker.pipeline.preparer import Preparer
+from torchrelay_worker.pipeline.recorder import Ran, Recorder
+
+log = structlog.get_logger("torchrelay.intake")
+
+TICK_SECONDS = 0.5  # between two looks around when nothing comes
+QUIET_SECONDS = 1.0  # without a message after which Redis is asked whether it is there
+RETRY_SECONDS = 0.5  # between two tries while the database is away
+WAKE_SECONDS = 0.02  # between two wakes of the announcer for one model
+SQL_LIMIT = 8  # chunks claimed at a time while Redis is away
+
+
+class Claims(Protocol):
+    """What the intake needs of a ChunkStore."""
+
+    def claim(self, chunks: Sequence[int], worker: int) -> list[Claimed]: ...
+    def claim_next(self, models: Sequence[int], worker: int, limit: int) -> list[Claimed]: ...
+
+
+@dataclass(slots=True)
+class _Offer:
+    model: str
+    chunk: int
+    answered: threading.Event = field(default_factory=threading.Event)
+    taken: bool = False
+
+
+class Intake:
+    """Claims chunks, in a thread of its own, and loads their models in another."""
+
+    def __init__(
+        self,
+        store: Claims,
+        ledger: Ledger,
+        preparer: Preparer,
+        recorder: Recorder,
+        residency: Residency,
+        *,
+        pace: Pace,
+        worker: int,
+        served: Callable[[], Mapping[str, int]],
+        wake: Callable[[str], object],
+        redis_is_up: Callable[[], bool],
+        opened: Callable[[], object] = lambda: None,
+        fatal: Callable[[BaseException], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Make it.
+
+        Args:
+            served: the models that this worker serves: name -> id.
+            wake: has a model's next chunks announced.
+            opened: called when there is room again.
+        """
+        self._store = store
+        self._ledger = ledger
+        self._preparer = preparer
+        self._recorder = recorder
+        self._residency = residency
+        self._pace = pace
+        self._worker = worker
+        self._served = served
+        self._wake = wake
+        self._redis_is_up = redis_is_up
+        self._opened = opened
+        self._fatal = fatal
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._offers: list[_Offer] = []
+        self._loads: list[int] = []
+        self._to_load: dict[int, list[Hold]] = {}
+        self._sizes: dict[int, int] = {}  # model -> inputs of a full device batch, once one of its versions is loaded
+        self._woken: dict[str, float] = {}
+        self._to_wake: set[str] = set()
+        self._closing = False
+        self._last_message = clock()
+        self._nudged = False
+        self._threads = [
+            threading.Thread(target=self._guard, args=(self._run,), name="intake", daemon=True),
+            threading.Thread(target=self._guard, args=(self._load_models,), name="loader", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Claim nothing more, answer who waits, and end the threads (a load that runs is not waited for)."""
+        with self._changed:
+            self._closing = True
+            offers, self._offers = self._offers, []
+            self._changed.notify_all()
+        for offer in offers:
+            offer.answered.set()
+        self._residency.close()
+        if self._threads[0].is_alive():
+            self._threads[0].join(timeout)
+
+    # --- called by Celery's threads -----------------------------------------------------------------------
+
+    def offer(self, model: str, chunk: int) -> bool:
+        """Wait until a chunk whose message came is claimed, or found to be not ours to claim.
+
+        Returns:
+            False: this worker ends, and somebody else should get the message.
+        """
+        offer = _Offer(model, chunk)
+        with self._changed:
+            if self._closing:
+                return False
+            self._offers.append(offer)
+            self._last_message = self._clock()
+            self._changed.notify_all()
+        offer.answered.wait()
+        return offer.taken
+
+    def has_room(self, model: str) -> bool:
+        """Whether another message of this model should be pulled."""
+        if self._closing:
+            return False
+        number = self._served().get(model)
+        return number is None or self._has_room(number)
+
+    def _has_room(self, model: int) -> bool:
+        chunks, jobs = self._ledger.ahead(model)
+        if self._residency.is_waited_for and chunks:
+            return False
+        return self._pace.has_room(model, chunks, jobs, self._sizes.get(model))
+
+    def nudge(self) -> None:
+        """Say that there may be room again."""
+        with self._changed:
+            self._nudged = True
+            self._changed.notify_all()
+        self._opened()
+
+    # --- the claiming thread ------------------------------------------------------------------------------
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            log.critical("intake_failed", exc_info=error)
+            if self._fatal is None:
+                raise
+            self._fatal(error)
+
+    def _run(self) -> None:
+        away = False
+        while True:
+            with self._changed:
+                seconds = WAKE_SECONDS if self._to_wake else TICK_SECONDS
+                self._changed.wait_for(lambda: self._closing or self._nudged or self._ready(), seconds)
+                self._nudged = False
+                if self._closing:
+                    return
+                ready = self._ready()
+            try:
+                if ready:
+                    self._claim(ready)
+                elif self._clock() - self._last_message > QUIET_SECONDS:
+                    self._claim_without_redis()
+                self._wake_announcer()
+                if away:
+                    away = False
+                    log.info("database_reachable")
+            except Unreachable as error:
+                if not away:
+                    away = True
+                    log.warning("database_unreachable", reason=str(error), effect="nothing is claimed until it is back")
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closing, RETRY_SECONDS)
+
+    def _ready(self) -> list[_Offer]:
+        return [offer for offer in self._offers if self.has_room(offer.model)]
+
+    def _claim(self, offers: Sequence[_Offer]) -> None:
+        # Several small chunks that wait are claimed by one statement; their jobs share device batches anyway.
+        claimed = self._store.claim([offer.chunk for offer in offers], self._worker)
+        self._enter(claimed)
+        answered = set(map(id, offers))
+        with self._changed:
+            self._offers = [offer for offer in self._offers if id(offer) not in answered]
+        for offer in offers:
+            offer.taken = True
+            offer.answered.set()
+        self._to_wake.update(offer.model for offer in offers)
+
+    def _wake_announcer(self) -> None:
+        """Have announced what may follow what was claimed; for each model not more often than WAKE_SECONDS."""
+        now = self._clock()
+        for model in [m for m in self._to_wake if now - self._woken.get(m, 0.0) >= WAKE_SECONDS]:
+            self._to_wake.discard(model)
+            self._woken[model] = now
+            self._wake(model)
+
+    def _claim_without_redis(self) -> None:
+        models = [number for number in self._served().values() if self._has_room(number)]
+        if not models or self._redis_is_up():
+            return
+        while models:
+            claimed = self._store.claim_next(models, self._worker, SQL_LIMIT)
+            self._enter(claimed)
+            if not claimed or self._closing:
+                return
+            models = [number for number in models if self._has_room(number)]
+
+    def _enter(self, claimed: Sequence[Claimed]) -> None:
+        """Send what was claimed to the preparing threads, or have its model loaded first."""
+        empty = []
+        for hold in self._ledger.claim(claimed):
+            version = hold.claimed.version
+            if not hold.claimed.jobs:
+                empty.append(hold.claimed.chunk)
+                continue
+            if self._pin(hold):
+                self._preparer.put(hold)
+                continue
+            with self._changed:
+                if version not in self._to_load:
+                    self._loads.append(version)
+                self._to_load.setdefault(version, []).append(hold)
+                self._changed.notify_all()
+        if empty:
+            self._ledger.drop(empty)
+
+    def _pin(self, hold: Hold) -> bool:
+        hold.resident = self._residency.pin(hold.claimed.version)
+        hold.pinned = hold.resident is not None
+        if hold.dropped:  # while its model was being loaded
+            self.unpin(hold)
+        return hold.resident is not None
+
+    def unpin(self, hold: Hold) -> None:
+        """Let the model of a chunk that is gone be unloaded, should its place be needed."""
+        if hold.pinned:
+            hold.pinned = False
+            self._residency.release(hold.claimed.version)
+
+    # --- the loading thread -------------------------------------------------------------------------------
+
+    def _load_models(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._loads)
+                if self._closing:
+                    return
+                version = self._loads.pop(0)
+            failure: LoadFailed | None = None
+            try:
+                resident = self._residency.acquire(version)
+                self._sizes[resident.version.model] = resident.limits.size
+            except LoadFailed as error:
+                failure = error
+            with self._changed:
+                holds = self._to_load.pop(version, [])
+            if self._closing:
+                return
+            for hold in holds:
+                if failure is None and self._pin(hold):
+                    self._preparer.put(hold)
+                elif failure is not None:
+                    works = [Work(hold, job.id, job.failures) for job in hold.claimed.jobs]
+                    self._recorder.put(Ran(failed=[(work, failure) for work in works]))
+            if failure is None:
+                self._residency.release(version)
+            self.nudge()

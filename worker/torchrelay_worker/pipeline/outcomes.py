@@ -1,0 +1,91 @@
+"""How a job's end is written down: the error as JSON, and whether a failure is tried again, and when."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+
+from torchrelay_storage.errors import Corrupt, InvalidInput, NotFound, RelayError
+from torchrelay_storage.job_store import Outcome
+from torchrelay_storage.states import End
+from torchrelay_worker.pipeline.ledger import Work
+
+BACKOFF_SECONDS = 1.0  # times two to the number of failures before
+LONGEST_BACKOFF = 300.0
+MESSAGE_LIMIT = 1_000  # characters
+TRACEBACK_LIMIT = 4_000  # characters
+
+_OWN = Path(__file__).parent.parent
+_MACHINERY = {"model", "residency", "weights", "handlers"}  # what else lies in models/ is a ready handler
+
+
+class Timeout(RelayError):
+    """The device batch took longer than the job's timeout."""
+
+
+class BadOutput(RelayError):
+    """What the model returned cannot be stored, or is not one output for each input."""
+
+
+class NotANumber(RelayError):
+    """The model returned a NaN, and its `check_nan` is set."""
+
+
+def describe(error: BaseException) -> bytes:
+    """Return an error as the JSON that is stored: its type, its message, and the author's part of the traceback."""
+    message = str(error)[:MESSAGE_LIMIT]
+    body = {"type": type(error).__name__, "message": message or type(error).__name__}
+    trace = _author_frames(error)
+    if trace:
+        body["traceback"] = trace
+    return orjson.dumps(body)
+
+
+def _author_frames(error: BaseException) -> str:
+    if isinstance(error, RelayError) and error.__cause__ is not None:
+        error = error.__cause__  # ours says what it means, its cause where it comes from
+    theirs = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
+    if not theirs:
+        return ""
+    lines = [*traceback.format_list(theirs), *traceback.format_exception_only(error)]
+    text = "".join(lines)
+    return text if len(text) <= TRACEBACK_LIMIT else "…" + text[-TRACEBACK_LIMIT:]  # the end says the most
+
+
+def _is_theirs(filename: str) -> bool:
+    path = Path(filename)
+    return not path.is_relative_to(_OWN) or (path.parent.name == "models" and path.stem not in _MACHINERY)
+
+
+def backoff(failures: int, draw: Callable[[float, float], float] = random.uniform) -> float:
+    """Return the seconds until the next try after so many failures before: full jitter under a doubling limit."""
+    return draw(0.0, min(LONGEST_BACKOFF, BACKOFF_SECONDS * 2.0 ** min(failures, 30)))
+
+
+def failed(work: Work, error: BaseException, error_json: bytes | None = None) -> Outcome:
+    """Return the outcome of a failure: tried again where the model and the job's attempts allow it, else final."""
+    claimed = work.hold.claimed
+    body = error_json if error_json is not None else describe(error)
+    if work.failures + 1 < claimed.max_attempts and _may_retry(work, error):
+        wait = backoff(work.failures)
+        return Outcome(work.job, claimed.chunk, claimed.token, End.OPEN, error=body, retry_in=wait)
+    return Outcome(work.job, claimed.chunk, claimed.token, End.FAILED, error=body)
+
+
+def _may_retry(work: Work, error: BaseException) -> bool:
+    if isinstance(error, InvalidInput | Corrupt | NotFound | BadOutput):
+        return False  # another try would meet the same
+    if isinstance(error, RelayError):  # ours: Timeout, LoadFailed, NotANumber, an object store that is away
+        return True
+    resident = work.hold.resident
+    return isinstance(error, resident.model.retry_on if resident is not None else Exception)
+
+
+def succeeded(work: Work, output: bytes) -> Outcome:
+    """Return the outcome of a job with this encoded output."""
+    claimed = work.hold.claimed
+    return Outcome(work.job, claimed.chunk, claimed.token, End.SUCCEEDED, output=output)

@@ -1,0 +1,92 @@
+"""How fast a worker ends each model's jobs, and what follows: how much it may hold, and how large chunks should be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+AHEAD_SECONDS = 1.0  # of work that a worker claims: enough never to run dry, little enough that work spreads
+CHUNKS_AHEAD = 2  # one runs, one is prepared
+SAMPLE_SECONDS = 0.25  # over which a rate is measured
+SMOOTHING = 0.5  # weight of the newest sample
+CHUNK_SECONDS = 1.0  # of work that one chunk should be at most
+SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024  # jobs; a chunk costs a message and two statements, whatever its size
+
+
+@dataclass(slots=True)
+class _Sample:
+    since: float | None = None
+    jobs: int = 0
+    chunks: int = 0
+    jobs_per_s: float | None = None
+    chunks_per_s: float = 0.0
+
+
+class Pace:
+    """The rates of a worker's models, by a key such as the model's id. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._samples: dict[int, _Sample] = {}
+
+    def ended(self, key: int, jobs: int, chunks: int, left: int) -> None:
+        """Note that jobs have ended just now.
+
+        Args:
+            chunks: how many chunks ended with them.
+            left: how many jobs the worker still holds: while it holds none it is idle, which says nothing of its speed.
+        """
+        now = self._clock()
+        with self._lock:
+            sample = self._samples.setdefault(key, _Sample())
+            if sample.since is None:
+                sample.since = now
+            else:
+                sample.jobs += jobs
+                sample.chunks += chunks
+                seconds = now - sample.since
+                if seconds >= SAMPLE_SECONDS:
+                    fresh, fresh_chunks = sample.jobs / seconds, sample.chunks / seconds
+                    if sample.jobs_per_s is None:
+                        sample.jobs_per_s, sample.chunks_per_s = fresh, fresh_chunks
+                    else:
+                        sample.jobs_per_s += SMOOTHING * (fresh - sample.jobs_per_s)
+                        sample.chunks_per_s += SMOOTHING * (fresh_chunks - sample.chunks_per_s)
+                    sample.since, sample.jobs, sample.chunks = now, 0, 0
+            if left <= 0:
+                sample.since, sample.jobs, sample.chunks = None, 0, 0
+
+    def jobs_per_s(self, key: int) -> float | None:
+        """Return the measured rate, or None."""
+        with self._lock:
+            sample = self._samples.get(key)
+            return sample.jobs_per_s if sample else None
+
+    def chunks_per_s(self, key: int) -> float:
+        """Return the measured rate of chunks; 0 where it is not known."""
+        with self._lock:
+            sample = self._samples.get(key)
+            return sample.chunks_per_s if sample else 0.0
+
+    def has_room(self, key: int, chunks: int, jobs: int, batch: int | None) -> bool:
+        """Whether a worker that holds so much of a model should claim more.
+
+        Args:
+            batch: inputs of a full device batch, two of which are always worth holding; None: not loaded yet.
+        """
+        if chunks < CHUNKS_AHEAD:
+            return True
+        if batch is None:
+            return False
+        return jobs < max(2.0 * batch, AHEAD_SECONDS * (self.jobs_per_s(key) or 0.0))
+
+    def chunk_size(self, key: int, batch: int) -> int:
+        """Return how many jobs should travel together: a few device batches, but no more than a second of work."""
+        wanted = min(max(4 * batch, SMALLEST_CHUNK), LARGEST_CHUNK)
+        rate = self.jobs_per_s(key)
+        if rate is not None and rate * CHUNK_SECONDS < wanted:
+            wanted = max(min(batch, wanted), int(rate * CHUNK_SECONDS), 1)
+        return wanted

@@ -1,0 +1,141 @@
+"""Stored inputs -> prepared inputs: fetched where they are artifacts, decoded, and through the author's `preprocess`.
+
+A few CPU threads, the most urgent chunk first. Not here: claiming (`intake`), and what runs together (`batcher`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import structlog
+import tenacity
+
+from torchrelay_storage import values
+from torchrelay_storage.artifacts import Artifacts, load_large
+from torchrelay_storage.chunk_store import ClaimedJob
+from torchrelay_storage.errors import InvalidInput, Unreachable
+from torchrelay_worker.models.residency import Resident
+from torchrelay_worker.pipeline.batcher import Batcher
+from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.pipeline.recorder import Ran, Recorder
+from torchrelay_worker.pipeline.watch import Watch
+
+log = structlog.get_logger("torchrelay.preparer")
+
+SMALLEST_SLICE = 16  # inputs that one thread prepares at a time
+STORE_SECONDS = 30.0  # that an artifact store may be away before the jobs that need it fail
+
+
+class Preparer:
+    """The preparing threads."""
+
+    def __init__(
+        self,
+        batcher: Batcher[Work],
+        recorder: Recorder,
+        ledger: Ledger,
+        artifacts: Artifacts,
+        watch: Watch,
+        *,
+        threads: int,
+        fatal: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._batcher = batcher
+        self._recorder = recorder
+        self._ledger = ledger
+        self._artifacts = artifacts
+        self._watch = watch
+        self._fatal = fatal
+        self._order = itertools.count()
+        self._closing = threading.Event()
+        self._queue: queue.PriorityQueue[tuple[int, int, Hold | None, Sequence[ClaimedJob]]] = queue.PriorityQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"prepare-{n}", daemon=True) for n in range(max(1, threads))
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, hold: Hold) -> None:
+        """Prepare the jobs of a chunk whose model is loaded."""
+        assert hold.resident is not None
+        jobs = hold.claimed.jobs
+        most = hold.resident.limits.size
+        size = max(SMALLEST_SLICE, min(most, -(-len(jobs) // len(self._threads))))
+        for start in range(0, len(jobs), size):
+            self._queue.put((-hold.claimed.priority, next(self._order), hold, jobs[start : start + size]))
+
+    def stop(self, timeout: float) -> None:
+        """Let the threads end after the input that each prepares now."""
+        self._closing.set()
+        for _ in self._threads:
+            self._queue.put((-100, next(self._order), None, ()))
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                _, _, hold, jobs = self._queue.get()
+                if hold is not None:
+                    self._prepare(hold, jobs)
+        except BaseException as error:
+            log.critical("preparer_failed", exc_info=error)
+            if self._fatal is None:
+                raise
+            self._fatal(error)
+
+    def _prepare(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
+        resident = hold.resident
+        assert resident is not None
+        works: list[Work] = []
+        forgotten: list[Work] = []
+        ran = Ran()
+        with self._watch.running(resident.model.timeout):
+            for job in jobs:
+                if self._closing.is_set():
+                    return
+                work = Work(hold, job.id, job.failures)
+                if not work.is_wanted:
+                    forgotten.append(work)
+                    continue
+                try:
+                    self._prepare_one(resident, work, job.input)
+                    works.append(work)
+                except BaseException as error:  # the author's code: whatever it raises is this one job's failure
+                    ran.failed.append((work, error))
+        if works:
+            self._batcher.put(resident.version.id, resident.limits, works)
+        if forgotten:
+            self._ledger.ended(forgotten)
+        self._recorder.put(ran)
+
+    def _prepare_one(self, resident: Resident, work: Work, data: bytes) -> None:
+        model = resident.model
+        if data[:1] == _REFERENCE:
+            data = self._load(data)
+        work.prepared = model.preprocess(values.decode(data))
+        if model.has_length:
+            length = work.length = int(model.length(work.prepared))
+            most = model.max_batch_cost
+            if most is not None and length > most and model.oversize == "refuse":
+                raise InvalidInput(f"the input has a length of {length}, and this model takes at most {most}")
+
+    def _load(self, data: bytes) -> bytes:
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unreachable),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
+            stop=tenacity.stop_after_delay(STORE_SECONDS) | tenacity.stop_when_event_set(self._closing),
+            sleep=tenacity.sleep_using_event(self._closing),
+            reraise=True,
+        )
+        return attempts(load_large, self._artifacts, data)
+
+
+_REFERENCE = bytes((values.REFERENCE,))

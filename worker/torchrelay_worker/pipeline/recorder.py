@@ -1,0 +1,230 @@
+"""The last step: outputs decoded, encoded, and written in one transaction for one or several device batches.
+
+Keeps what it has while the database is away. Not here: the statement (`JobStore.finish`), nor how failures are worded
+(`outcomes`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import structlog
+import tenacity
+
+from torchrelay_storage import values
+from torchrelay_storage.artifacts import Artifacts, job_path, store_large
+from torchrelay_storage.errors import RelayError, Unreachable
+from torchrelay_storage.job_store import Finished, Outcome
+from torchrelay_worker.pipeline import outcomes
+from torchrelay_worker.pipeline.ledger import Ledger, Work
+from torchrelay_worker.pipeline.outcomes import BadOutput
+from torchrelay_worker.pipeline.pace import Pace
+
+log = structlog.get_logger("torchrelay.recorder")
+
+TOGETHER = 2_048  # jobs in one transaction: beyond that it gains nothing, and holds SQLite's one writer up
+WAITING = 8_192  # jobs that may wait to be recorded before the device waits for them
+
+
+@dataclass(slots=True)
+class Ran:
+    """What became of a device batch, or of inputs that never got into one."""
+
+    done: list[tuple[Work, Any]] = field(default_factory=list)  # outputs not decoded yet
+    failed: list[tuple[Work, BaseException]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.done) + len(self.failed)
+
+
+class Finishes(Protocol):
+    """What the recorder needs of a JobStore."""
+
+    def finish(self, outcomes: Sequence[Outcome], worker: int) -> Finished: ...
+
+
+class Recorder:
+    """A thread that writes ends. `put` is called by the device's and the preparing threads."""
+
+    def __init__(
+        self,
+        store: Finishes,
+        ledger: Ledger,
+        artifacts: Artifacts,
+        publish: Callable[[Sequence[int], Sequence[int]], object],
+        *,
+        worker: int,
+        inline_limit: int,
+        pace: Pace | None = None,
+        fatal: Callable[[BaseException], None] | None = None,
+        longest_wait: float = 5.0,
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._artifacts = artifacts
+        self._publish = publish
+        self._worker = worker
+        self._inline_limit = inline_limit
+        self._pace = pace or Pace()
+        self._fatal = fatal
+        self._longest_wait = longest_wait
+        self._changed = threading.Condition()
+        self._waiting: deque[Ran] = deque()
+        self._jobs = 0
+        self._busy = False
+        self._closing = threading.Event()
+        self.recorded = 0  # jobs, since the start
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def put(self, ran: Ran) -> None:
+        """Hand over ends. Waits while many have not been recorded yet, so that the device does not run away."""
+        if not len(ran):
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs < WAITING or self._closing.is_set())
+            self._waiting.append(ran)
+            self._jobs += len(ran)
+            self._changed.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all is recorded; False if it is not after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout)
+
+    def stop(self, timeout: float) -> bool:
+        """Record what there is, for at most `timeout` seconds, and end the thread; False if something is left."""
+        done = self.flush(timeout)
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(1.0 if not done else 10.0)
+        return done
+
+    def _run(self) -> None:
+        try:
+            while (some := self._take()) is not None:
+                self._record(some)
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
+        except BaseException as error:
+            log.critical("recorder_failed", exc_info=error)
+            if self._fatal is None:
+                raise
+            self._fatal(error)
+
+    def _take(self) -> list[Ran] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing.is_set())
+            if not self._waiting:
+                return None
+            some: list[Ran] = []
+            n = 0
+            while self._waiting and (not some or n + len(self._waiting[0]) <= TOGETHER):
+                some.append(self._waiting.popleft())
+                n += len(some[-1])
+            self._jobs -= n
+            self._busy = True
+            self._changed.notify_all()
+            return some
+
+    def _record(self, some: Sequence[Ran]) -> None:
+        works: list[Work] = []
+        written: list[Outcome] = []
+        for ran in some:
+            for work, error in ran.failed:
+                works.append(work)
+                if work.is_wanted:
+                    written.append(outcomes.failed(work, error))
+            done = [(work, output) for work, output in ran.done if work.is_wanted]
+            works.extend(work for work, _ in ran.done)
+            written.extend(self._encoded(done))
+        holds = {work.hold for work in works}
+        for hold in holds:
+            hold.recording = True
+        finished = self._patiently(lambda: self._store.finish(written, self._worker)) if written else None
+        if finished is not None:
+            self.recorded += finished.recorded
+            if finished.dropped:
+                log.info("chunks_refused", chunks=len(finished.dropped))
+                self._ledger.drop(finished.dropped)
+            self._publish(finished.chunks, finished.batches)
+        elif written:
+            log.warning("results_lost", jobs=len(written), reason="the database was away until the worker had to end")
+        self._note(works)
+        for hold in holds:
+            hold.recording = False
+
+    def _note(self, works: Sequence[Work]) -> None:
+        jobs = Counter(work.hold.claimed.model for work in works)
+        chunks = self._ledger.ended(works)
+        for model, n in jobs.items():
+            self._pace.ended(model, n, chunks.get(model, 0), self._ledger.ahead(model)[1])
+
+    def _encoded(self, done: Sequence[tuple[Work, Any]]) -> list[Outcome]:
+        decoded: list[tuple[Work, Any]] = []
+        written: list[Outcome] = []
+        for work, output in done:
+            try:
+                assert work.hold.resident is not None
+                decoded.append((work, work.hold.resident.model.decode(output)))
+            except BaseException as error:  # the author's code: whatever it raises is this one job's failure
+                written.append(outcomes.failed(work, error))
+        try:
+            encoded: Sequence[bytes | RelayError] = values.encode_many([value for _, value in decoded])
+        except RelayError:
+            encoded = [_encode(value) for _, value in decoded]
+        for (work, _), data in zip(decoded, encoded, strict=True):
+            if isinstance(data, RelayError):
+                written.append(outcomes.failed(work, data))
+            else:
+                written.append(self._stored(work, data))
+        return written
+
+    def _stored(self, work: Work, data: bytes) -> Outcome:
+        if len(data) > self._inline_limit:
+            path = job_path(work.job, "output")
+            try:
+                stored = self._patiently(lambda: store_large(self._artifacts, data, path, self._inline_limit))
+            except RelayError as error:
+                return outcomes.failed(work, error)
+            if stored is None:
+                return outcomes.failed(work, Unreachable("the artifact store was away when the result was recorded"))
+            data = stored
+        return outcomes.succeeded(work, data)
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """Do it again and again while the other side is away; None if the worker had to end before."""
+        try:
+            return call()
+        except Unreachable as error:
+            log.warning("recording_waits", reason=str(error))
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Unreachable),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=self._longest_wait),
+            stop=tenacity.stop_when_event_set(self._closing),
+            sleep=tenacity.sleep_using_event(self._closing),
+            reraise=True,
+        )
+        try:
+            result = attempts(call)
+        except Unreachable:
+            return None
+        log.info("recording_goes_on")
+        return result
+
+
+def _encode(value: object) -> bytes | RelayError:
+    try:
+        return values.encode(value)
+    except RelayError as error:
+        return BadOutput(f"decode returned what cannot be stored: {error}")

@@ -1,0 +1,198 @@
+"""The inner process: Celery's consumer and the device. Started by the supervisor, and ends when that is gone.
+
+Starts and stops everything, in order. Not here: the heartbeat and being replaced (`supervisor`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+import structlog
+import torch
+
+from torchrelay.announcer import Announcer, AnnouncerThread
+from torchrelay.broker import Broker, make_app
+from torchrelay.settings import Settings
+from torchrelay_storage.artifacts import Artifacts
+from torchrelay_storage.database import Database
+from torchrelay_storage.errors import InvalidInput, RelayError, SchemaMismatch
+from torchrelay_worker import logs
+from torchrelay_worker.exits import EXIT_LOST, EXIT_USAGE
+from torchrelay_worker.models.handlers import Handlers
+from torchrelay_worker.pipeline.consumer import Consumer
+from torchrelay_worker.pipeline.device import DeviceLost
+from torchrelay_worker.pipeline.pipeline import Pipeline, Road, Setup
+
+log = structlog.get_logger("torchrelay.worker")
+
+REPORT_SECONDS = 0.5
+FLUSH_SECONDS = 5.0  # to record what ran before the device was lost
+CELERY_SECONDS = 5.0  # that Celery has to end after the pipeline; a silent Redis would hold it for ever
+ORPHAN_SECONDS = 8.0  # that a worker has to end in after its supervisor: less than `stale_after`
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu`, `cuda`, `cuda:1`. Raises InvalidInput if this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise InvalidInput(f"device {name!r}: this torch ({torch.__version__}) finds no CUDA device")
+            index = device.index if device.index is not None else 0
+            if index >= torch.cuda.device_count():
+                raise InvalidInput(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInput(f"device {name!r} cannot be used: {error}") from error
+    return device
+
+
+class Reports(threading.Thread):
+    """Tells the supervisor each half second that this process answers, and until when what it runs may run."""
+
+    def __init__(self, descriptor: int, left: Callable[[], float | None], stats: Callable[[], Any]) -> None:
+        super().__init__(name="reports", daemon=True)
+        self._descriptor = descriptor
+        self._left = left
+        self._stats = stats
+        self._closing = threading.Event()
+
+    def run(self) -> None:
+        """Report until `close`, or until nobody reads."""
+        while True:
+            line = orjson.dumps({"left": self._left(), "stats": self._stats()}) + b"\n"
+            try:
+                os.write(self._descriptor, line)
+            except OSError:
+                return
+            if self._closing.wait(REPORT_SECONDS):
+                return
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+
+
+def follow_supervisor() -> None:
+    """End this process when the supervisor closes our standard input, which its death does too."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        log.info("supervisor_gone")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(EXIT_LOST)
+
+    threading.Thread(target=wait, name="leash", daemon=True).start()
+
+
+def run(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Run the worker until a signal ends it; return the exit code."""
+    database = Database(settings.database_url)
+    with contextlib.suppress(RelayError):  # the supervisor has checked it; away now, it is waited for
+        database.check()
+    device = resolve_device(arguments.device)
+    if arguments.torch_threads:
+        torch.set_num_threads(arguments.torch_threads)
+    broker = Broker(settings)
+    ended = threading.Event()
+
+    def fatal(error: BaseException) -> None:
+        if isinstance(error, DeviceLost):
+            pipeline.recorder.flush(FLUSH_SECONDS)
+        sys.stderr.flush()
+        os._exit(EXIT_LOST)
+
+    with AnnouncerThread(Announcer(database, broker)) as announcer:
+        setup = Setup(
+            database=database,
+            artifacts=Artifacts(settings.artifacts_url),
+            handlers=Handlers(settings.handlers),
+            weights_folder=settings.home / "weights",
+            device=device,
+            worker=arguments.worker_id,
+            inline_limit=settings.inline_limit,
+            models=arguments.models,
+            threads=arguments.threads,
+            max_loaded=arguments.max_loaded,
+            grace=arguments.grace,
+        )
+        road = Road(wake=announcer.wake, publish=broker.publish_ended, is_up=broker.is_up)
+        pipeline = Pipeline(setup, road, fatal)
+
+        def stop() -> None:
+            pipeline.stop()
+            if not ended.wait(CELERY_SECONDS):
+                log.info("celery_did_not_end")
+                os._exit(0)
+
+        consumer = Consumer(
+            make_app(settings, worker=True),
+            pipeline.intake,
+            pipeline.serving.names,
+            name=f"{arguments.name}@{socket.gethostname()}",
+            shutting_down=stop,
+        )
+        pipeline.opened = consumer.opened
+        pipeline.serving.added = consumer.added
+        reports = Reports(arguments.report_fd, pipeline.watch.left, pipeline.stats)
+        reports.start()
+        try:
+            with pipeline:
+                consumer.run()
+        finally:
+            ended.set()
+            reports.close()
+    broker.close()
+    database.dispose()
+    return 0
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read what the supervisor passes."""
+    parser = argparse.ArgumentParser(prog="torchrelay_worker.worker", description="started by the supervisor")
+    parser.add_argument("--worker-id", type=int, required=True)
+    parser.add_argument("--report-fd", type=int, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--models", type=lambda text: [m for m in text.split(",") if m] or None, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--torch-threads", type=int, default=None)
+    parser.add_argument("--max-loaded", type=int, default=None)
+    parser.add_argument("--grace", type=float, default=30.0)
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="warning")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The process."""
+    arguments = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery has its own handler
+    logs.configure(arguments.log_level)
+    structlog.contextvars.bind_contextvars(worker=arguments.name)
+    follow_supervisor()
+    try:
+        return run(Settings.load(), arguments)
+    except (InvalidInput, SchemaMismatch) as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
