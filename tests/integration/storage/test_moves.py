@@ -1,4 +1,4 @@
-"""Every pair of a state and a move, legal and illegal, on both databases: `states.CHUNK_MOVES` and `states.JOB_MOVES`."""
+"""Every pair of a state and a move of `states`, legal and illegal, on both databases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from sqlalchemy import text
+
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet

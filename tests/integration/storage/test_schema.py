@@ -9,6 +9,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
+
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import SchemaMismatch, Unreachable
 from torchrelay_storage.registry import Registry

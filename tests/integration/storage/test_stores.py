@@ -8,6 +8,7 @@ import threading
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
+
 from torchrelay_storage import ids
 from torchrelay_storage.batch_store import BatchStore
 from torchrelay_storage.chunk_store import ChunkStore
@@ -313,7 +314,8 @@ def test_a_lease_has_one_holder(database: Database) -> None:
 
 
 def test_retention_spares_what_someone_may_need(database: Database, version: ModelVersion, worker: int) -> None:
-    store, chunks, batches, retention = JobStore(database), ChunkStore(database), BatchStore(database), Retention(database)
+    store, chunks, batches = JobStore(database), ChunkStore(database), BatchStore(database)
+    retention = Retention(database)
     opened, closed = (batches.create(version, Options()).id for _ in range(2))
     in_open = submit(database, version, 4, batch=opened)
     submit(database, version, 8, batch=closed)

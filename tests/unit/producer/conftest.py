@@ -1,0 +1,100 @@
+"""Fixtures for the client: a relay on a fresh SQLite file and the tests' Redis, and a worker that is a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from torchrelay import Relay
+from torchrelay.broker import Broker
+from torchrelay.settings import Settings
+from torchrelay_storage import values
+from torchrelay_storage.artifacts import Artifacts, job_path, load_large, store_large
+from torchrelay_storage.chunk_store import ChunkStore
+from torchrelay_storage.database import Database
+from torchrelay_storage.fleet import Fleet
+from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.registry import Registry
+from torchrelay_storage.states import End
+
+
+class ThreadWorker:
+    """Claims from SQL, runs a function a job, records a claim's jobs at once, and tells Redis. A context manager."""
+
+    def __init__(self, settings: Settings, run: Callable[[Any], Any], *, tell: bool = True) -> None:
+        self.database = Database(settings.database_url)
+        self.artifacts = Artifacts(settings.artifacts_url)
+        self.broker = Broker(settings)
+        self.run = run
+        self.tell = tell
+        self.settings = settings
+        self.starts: list[int] = []  # job ids, in the order of their start
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="thread-worker")
+
+    def _work(self) -> None:
+        worker = Fleet(self.database).register("thread", host="here", pid=1, device="cpu").id
+        chunks, jobs, registry = ChunkStore(self.database), JobStore(self.database), Registry(self.database)
+        while not self._stop.is_set():
+            models = [row.newest.model for row in registry.models()]
+            claims = chunks.claim_next(models, worker, 1)
+            for claim in claims:
+                outcomes = []
+                for job in claim.jobs:
+                    self.starts.append(job.id)
+                    try:
+                        output = values.encode(self.run(values.decode(load_large(self.artifacts, job.input))))
+                        limit = self.settings.inline_limit
+                        stored = store_large(self.artifacts, output, job_path(job.id, "output"), limit)
+                        outcomes.append(Outcome(job.id, claim.chunk, claim.token, End.SUCCEEDED, output=stored))
+                    except Exception as error:
+                        told = orjson.dumps({"type": type(error).__name__, "message": str(error), "traceback": "tb"})
+                        end = End.FAILED if job.failures + 1 >= claim.max_attempts else End.OPEN
+                        outcomes.append(Outcome(job.id, claim.chunk, claim.token, end, error=told))
+                finished = jobs.finish(outcomes, worker)
+                if self.tell:
+                    self.broker.publish_ended(finished.chunks, finished.batches)
+            if not claims:
+                self._stop.wait(0.01)
+
+    def __enter__(self) -> ThreadWorker:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.broker.close()
+        self.database.dispose()
+
+
+@pytest.fixture
+def sqlite_settings(_sqlite_template: Path, redis_url: str, tmp_path: Path) -> Settings:
+    """Settings of a system of its own on SQLite."""
+    path = tmp_path / "own.db"
+    path.write_bytes(_sqlite_template.read_bytes())
+    return Settings.load(
+        home=tmp_path / "home",
+        database=f"sqlite:///{path}",
+        broker=redis_url,
+        artifacts=f"file://{tmp_path / 'artifacts'}",
+    )
+
+
+@pytest.fixture
+def relay(sqlite_settings: Settings) -> Iterator[Relay]:
+    """A relay with the model `double` registered."""
+    with Relay(settings=sqlite_settings) as relay:
+        relay.register_model("double", handler="double", chunk_size=4)
+        yield relay
+
+
+@pytest.fixture
+def work(sqlite_settings: Settings) -> Callable[..., ThreadWorker]:
+    """`work(function)` returns a worker to be entered by `with`."""
+    return lambda run, **options: ThreadWorker(sqlite_settings, run, **options)
