@@ -1,6 +1,7 @@
 """Markdown documents as tests see them: their fenced blocks, the marker above a block, and their links.
 
-A block is run when an HTML comment with its name stands on the line above its fence:
+A block is run, in a folder that looks like the project's root, when an HTML comment with its name stands on the line
+above its fence:
 
     <!-- test: submit -->                  run it: ```python as a script, ```bash (or sh, console) by bash
     <!-- test: model file=shout.py -->     write it to that file before anything is run

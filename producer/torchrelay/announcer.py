@@ -16,17 +16,16 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-import structlog
-
 from torchrelay import messages
 from torchrelay.broker import Broker
 from torchrelay_storage.chunk_store import Announced, ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
+from torchrelay_storage.events import get_logger
 from torchrelay_storage.fleet import Fleet, WorkerRow
 from torchrelay_storage.registry import Registry
 
-log = structlog.get_logger("torchrelay.announcer")
+log = get_logger("torchrelay.announcer")
 
 PER_WORKER = 2  # chunks: one to run and one to prepare
 LEAST = 4  # chunks, where no worker is known yet

@@ -18,15 +18,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import structlog
-
 from torchrelay import messages
 from torchrelay_storage.errors import JobNotFound, RelayError
+from torchrelay_storage.events import get_logger
 from torchrelay_storage.ids import Kind, show
 from torchrelay_storage.job_reader import JobRow
 from torchrelay_storage.states import TERMINAL
 
-log = structlog.get_logger("torchrelay.completions")
+log = get_logger("torchrelay.completions")
 
 POLL_SUBSCRIBED = 2.0  # seconds: a message of Redis's pub/sub can get lost, so SQL is asked all the same
 POLL_FIRST, POLL_MOST, POLL_GROWTH = 0.05, 1.0, 1.5  # seconds, while there is no subscription

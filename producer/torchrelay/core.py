@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from torchrelay.announcer import Announcer, AnnouncerThread
 from torchrelay.broker import Broker, connect
 from torchrelay.completions import Completions
@@ -37,6 +35,7 @@ from torchrelay_storage.errors import (
     RelayError,
     WaitTimeout,
 )
+from torchrelay_storage.events import get_logger
 from torchrelay_storage.fleet import Fleet, WorkerRow
 from torchrelay_storage.ids import Kind, show
 from torchrelay_storage.job_reader import JobFilter, JobRow
@@ -48,7 +47,7 @@ from torchrelay_storage.states import JobState
 from torchrelay_storage.submission import NewJob, Submitted
 from torchrelay_storage.tensors import Tensors
 
-log = structlog.get_logger("torchrelay.client")
+log = get_logger("torchrelay.client")
 
 MODEL_SECONDS = 3.0  # for which a resolved model is used again; a newer version takes over after that
 KEY_LENGTH = 256  # characters

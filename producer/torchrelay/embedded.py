@@ -22,15 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
-import structlog
-
 from torchrelay.keeper import Kept
 from torchrelay.settings import Settings
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, Unreachable
+from torchrelay_storage.events import get_logger
 from torchrelay_storage.fleet import Fleet
 
-log = structlog.get_logger("torchrelay.embedded")
+log = get_logger("torchrelay.embedded")
 
 SERVERS = ("valkey-server", "redis-server")
 SOCKET_LIMIT = 100  # bytes; the kernels allow 104 (macOS) and 108 (Linux) with the closing zero

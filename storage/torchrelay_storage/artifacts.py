@@ -21,12 +21,12 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import obstore
-import structlog
 from obstore import exceptions
 from obstore.store import LocalStore, MemoryStore, ObjectStore, S3Store
 
 from torchrelay_storage import ids
 from torchrelay_storage.errors import Corrupt, InvalidInput, NotFound, Unreachable
+from torchrelay_storage.events import get_logger
 from torchrelay_storage.values import Reference, as_reference, encode_reference, media_type
 
 INLINE_LIMIT = 65_536  # bytes up to which a value stays in its row
@@ -42,7 +42,7 @@ _MISSING = (FileNotFoundError, exceptions.NotFoundError)
 _REFUSED = (PermissionError, exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
 _FAULTS = (OSError, exceptions.BaseError)
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Artifacts:

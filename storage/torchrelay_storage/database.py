@@ -12,18 +12,13 @@ from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar
 
 import tenacity
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine, select, text
+from sqlalchemy import Connection, Engine, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 
 from torchrelay_storage.errors import InvalidInput, SchemaMismatch, Unreachable
 from torchrelay_storage.postgresql import Postgresql
-from torchrelay_storage.schema import compatibility
+from torchrelay_storage.schema import REVISION
 from torchrelay_storage.sqlite import Sqlite
 
 T = TypeVar("T")
@@ -33,8 +28,6 @@ FinishRow: TypeAlias = tuple[int, int, int, bytes | None, bytes | None, int]  # 
 
 # A deadlock or a locked file is over in a moment; a database that restarts is back in a few seconds.
 RETRY_SECONDS = 8.0
-
-MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Dialect(Protocol):
@@ -164,55 +157,32 @@ class Database:
         """Close the connections that nobody uses."""
         self.engine.dispose()
 
-    # --- the schema's revision ----------------------------------------------------------------------------
+    # --- the schema's revision: see `revisions`, whose Alembic an application has no need to import ----------
 
     def revision(self) -> tuple[str | None, str]:
         """Return the revision that the database has (None: no tables yet) and the one that this code was made for."""
-        head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
-        assert head is not None
         with self.read() as connection:
-            return MigrationContext.configure(connection).get_current_revision(), head
+            try:
+                current = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            except DBAPIError as error:
+                if not _is_missing_table(error):
+                    raise
+                current = None
+        return current, REVISION
 
     def upgrade(self) -> None:
         """Bring the schema to this code's revision. Two at once: one does it, the other waits and finds it done."""
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
-        with self.write() as connection:
-            if not self.is_sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(7470117)"))
-            config.attributes["connection"] = connection
-            try:
-                command.upgrade(config, "head")
-            except CommandError as error:
-                current = MigrationContext.configure(connection).get_current_revision()
-                raise SchemaMismatch(_TOO_NEW.format(self.safe_url, current)) from error
+        from torchrelay_storage import revisions
+
+        revisions.upgrade(self)
 
     def check(self) -> None:
         """Raise SchemaMismatch if this code cannot run on the database's schema; the message says which to upgrade."""
-        current, head = self.revision()
-        if current == head:
-            return
-        if current is None:
-            raise SchemaMismatch(
-                f"the database {self.safe_url} has no torchrelay tables yet; run `torchrelay db upgrade`"
-            )
-        scripts = ScriptDirectory(str(MIGRATIONS))
-        known = {script.revision for script in scripts.walk_revisions()}
-        if current in known:
-            raise SchemaMismatch(
-                f"the database {self.safe_url} is at schema {current}, older than this code, which needs {head}; "
-                "upgrade the database with `torchrelay db upgrade`"
-            )
-        with self.read() as connection:
-            oldest = connection.execute(select(compatibility.c.oldest)).scalar()
-        if oldest not in known:
-            raise SchemaMismatch(_TOO_NEW.format(self.safe_url, current))
+        current, _ = self.revision()
+        if current != REVISION:
+            from torchrelay_storage import revisions
 
-
-_TOO_NEW = (
-    "the database {0} is at schema {1}, which this code does not know: it was upgraded by a newer release; "
-    "upgrade torchrelay on this machine"
-)
+            revisions.check(self, current)
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ class WorkerRow:
     Attributes:
         models: the names it serves; None: all.
         alive: it has beaten lately and is not stopped.
-        stats: what it reports of itself, such as `{"models": {"digits": {"chunks_per_s": 12.5}}}`.
+        stats: what it reports of itself, such as `{"rates": {"digits": 12.5}}` (chunks per second).
     """
 
     id: int

@@ -29,8 +29,9 @@ _next = 0
 
 
 def _forget() -> None:
-    # A forked child must not go on with its parent's run of ids.
-    global _next
+    # A forked child must not go on with its parent's run of ids, nor wait for a lock that a thread of it held.
+    global _lock, _next
+    _lock = threading.Lock()
     _next = 0
 
 

@@ -31,6 +31,8 @@ from sqlalchemy import (
 
 from torchrelay_storage.states import ChunkState
 
+REVISION = "0001"  # of the newest migration, which makes just these tables
+
 metadata = MetaData()
 
 # SQLite numbers rows only in a column of type INTEGER; PostgreSQL needs 64 bits for the same.

@@ -31,6 +31,9 @@ DOCUMENTS = sorted(
 )
 RUN = [path for path in DOCUMENTS if any(block.name for block in blocks(path))]
 LANGUAGES = {"python", "bash", "sh", "console"}
+NOT_RUN = ("make ", "pip install ", "docker ")  # they set up what a test has already, or need what it has not
+# What a block starts with `&` ends with it, as when a person closes the terminal.
+END_JOBS = "trap 'jobs=$(jobs -p); [ -z \"$jobs\" ] || { kill $jobs; wait $jobs || true; }' EXIT\n"
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
@@ -94,53 +97,65 @@ class Newcomer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-        """Run a command there; fails with all that it said."""
-        done = subprocess.run(
+    def run(self, command: list[str]) -> str:
+        """Run a command there and return what it printed; fails with all that it said."""
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
-            env=ENVIRONMENT | more,
+            env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=180,
-            check=False,
+            start_new_session=True,
         )
-        assert done.returncode == 0, f"{shlex.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
+        with process:
+            try:
+                printed, said = process.communicate(timeout=180)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the group that we made for it
+                printed, said = process.communicate()
+        assert process.returncode == 0, f"{shlex.join(command)}: exit {process.returncode}\n{printed}\n{said}"
+        return printed
 
     def follow(self, block: Block) -> str:
         """Run a block and return what it printed."""
         if block.language == "python":
             script = self.folder / f"{block.name}.py"
             script.write_text(block.text)
-            return self.run([sys.executable, "-W", "error", str(script)]).stdout
+            return self.run([sys.executable, "-W", "error", str(script)])
         assert block.language in LANGUAGES, f"a block of {block.language} cannot be run"
-        commands = [line for line in block.commands.splitlines(keepends=True) if not line.startswith("make ")]
-        return self.run(["bash", "-euo", "pipefail", "-c", "".join(commands)]).stdout
+        lines = [line for line in block.commands.splitlines(keepends=True) if not line.startswith(NOT_RUN)]
+        return self.run(["bash", "-euo", "pipefail", "-c", END_JOBS + "".join(lines)])
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which `torchrelay demo` has run, and nothing is left running."""
     folder = tmp_path_factory.mktemp("demo")
-    report = json.loads(Newcomer(folder).run(["torchrelay", "demo", "--json"]).stdout)
+    report = json.loads(Newcomer(folder).run(["torchrelay", "demo", "--json"]))
     assert report
     return folder
 
 
 @pytest.fixture
 def newcomer(request: pytest.FixtureRequest, demo: Path, tmp_path: Path) -> Iterator[Newcomer]:
-    """Somebody who follows the document of this test: the demo's data, the document's files, `torchrelay up`."""
+    """Somebody who follows the document of this test: the examples, the demo's data, the document's own files.
+
+    `torchrelay up` runs beside, unless the document says how to start it.
+    """
     path: Path = request.param
     folder = tmp_path / "project"
-    shutil.copytree(path.parent if path.parent != ROOT else demo, folder, dirs_exist_ok=True)
-    shutil.copytree(demo / ".torchrelay", folder / ".torchrelay", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(demo / ".torchrelay", folder / ".torchrelay")
     somebody = Newcomer(folder)
     for block in blocks(path):
         if block.file:
             (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.file).write_text(block.text)
+    if any(block.name and "torchrelay up" in block.commands for block in blocks(path)):
+        yield somebody
+        return
     log_path = tmp_path / "up.log"
     with log_path.open("wb") as log:
         up = subprocess.Popen(
@@ -155,7 +170,7 @@ def newcomer(request: pytest.FixtureRequest, demo: Path, tmp_path: Path) -> Iter
 
     def is_up() -> bool:
         assert up.poll() is None, log_path.read_text()
-        listed = somebody.run(["torchrelay", "workers", "--json"]).stdout
+        listed = somebody.run(["torchrelay", "workers", "--json"])
         return '"alive": true' in listed or '"alive":true' in listed
 
     try:
@@ -169,6 +184,7 @@ def newcomer(request: pytest.FixtureRequest, demo: Path, tmp_path: Path) -> Iter
             up.wait()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("newcomer", "path"), [(path, path) for path in RUN], indirect=["newcomer"],
                          ids=[name_of(path) for path in RUN])  # fmt: skip
 def test_the_code_runs_as_written(newcomer: Newcomer, path: Path) -> None:

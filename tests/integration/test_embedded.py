@@ -66,6 +66,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
     folder = settings.socket.parent
     yield settings
     if folder.exists():
+        wait_until(lambda: not any(folder.iterdir()), 20, "the end of the server")
         folder.rmdir()  # all that a killed owner leaves, until the next start: an empty folder
 
 

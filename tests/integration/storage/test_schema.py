@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import SchemaMismatch, Unreachable
 from torchrelay_storage.registry import Registry
-from torchrelay_storage.schema import metadata
+from torchrelay_storage.revisions import MIGRATIONS
+from torchrelay_storage.schema import REVISION, metadata
 
 
 def test_migrations_make_the_tables_of_the_schema(database: Database) -> None:
     with database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    current, head = database.revision()
-    assert current == head
+    assert database.revision() == (ScriptDirectory(str(MIGRATIONS)).get_current_head(), REVISION)
+    assert database.revision()[0] == REVISION
     database.check()
 
 

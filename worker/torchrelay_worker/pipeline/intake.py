@@ -232,6 +232,7 @@ class Intake:
         empty = []
         for hold in self._ledger.claim(claimed):
             version = hold.claimed.version
+            self._pace.began(hold.claimed.model)
             if not hold.claimed.jobs:
                 empty.append(hold.claimed.chunk)
                 continue

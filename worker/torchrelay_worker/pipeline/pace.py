@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 AHEAD_SECONDS = 1.0  # of work that a worker claims: enough never to run dry, little enough that work spreads
 CHUNKS_AHEAD = 2  # one runs, one is prepared
-SAMPLE_SECONDS = 0.25  # over which a rate is measured
+SAMPLE_SECONDS = 0.25  # of work over which a rate is measured
 SMOOTHING = 0.5  # weight of the newest sample
 CHUNK_SECONDS = 1.0  # of work that one chunk should be at most
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024  # jobs; a chunk costs a message and two statements, whatever its size
@@ -17,7 +17,8 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024  # jobs; a chunk costs a message and tw
 
 @dataclass(slots=True)
 class _Sample:
-    since: float | None = None
+    busy_since: float | None = None
+    seconds: float = 0.0  # of work before that
     jobs: int = 0
     chunks: int = 0
     jobs_per_s: float | None = None
@@ -25,39 +26,46 @@ class _Sample:
 
 
 class Pace:
-    """The rates of a worker's models, by a key such as the model's id. Thread-safe."""
+    """The rates of a worker's models, by a key such as the model's id. Thread-safe.
+
+    Only the time counts in which the worker holds jobs of the model: idleness says nothing of its speed.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._samples: dict[int, _Sample] = {}
 
+    def began(self, key: int) -> None:
+        """Note that the worker holds jobs of this model from now on, if it did not already."""
+        with self._lock:
+            sample = self._samples.setdefault(key, _Sample())
+            if sample.busy_since is None:
+                sample.busy_since = self._clock()
+
     def ended(self, key: int, jobs: int, chunks: int, left: int) -> None:
         """Note that jobs have ended just now.
 
         Args:
             chunks: how many chunks ended with them.
-            left: how many jobs the worker still holds: while it holds none it is idle, which says nothing of its speed.
+            left: how many jobs of the model the worker still holds.
         """
         now = self._clock()
         with self._lock:
             sample = self._samples.setdefault(key, _Sample())
-            if sample.since is None:
-                sample.since = now
-            else:
-                sample.jobs += jobs
-                sample.chunks += chunks
-                seconds = now - sample.since
-                if seconds >= SAMPLE_SECONDS:
-                    fresh, fresh_chunks = sample.jobs / seconds, sample.chunks / seconds
-                    if sample.jobs_per_s is None:
-                        sample.jobs_per_s, sample.chunks_per_s = fresh, fresh_chunks
-                    else:
-                        sample.jobs_per_s += SMOOTHING * (fresh - sample.jobs_per_s)
-                        sample.chunks_per_s += SMOOTHING * (fresh_chunks - sample.chunks_per_s)
-                    sample.since, sample.jobs, sample.chunks = now, 0, 0
-            if left <= 0:
-                sample.since, sample.jobs, sample.chunks = None, 0, 0
+            if sample.busy_since is not None:
+                sample.seconds += now - sample.busy_since
+            sample.busy_since = now if left > 0 else None
+            sample.jobs += jobs
+            sample.chunks += chunks
+            if sample.seconds >= SAMPLE_SECONDS:
+                fresh, fresh_chunks = sample.jobs / sample.seconds, sample.chunks / sample.seconds
+                if sample.jobs_per_s is None:
+                    sample.jobs_per_s, sample.chunks_per_s = fresh, fresh_chunks
+                else:
+                    sample.jobs_per_s += SMOOTHING * (fresh - sample.jobs_per_s)
+                    sample.chunks_per_s += SMOOTHING * (fresh_chunks - sample.chunks_per_s)
+                sample.seconds, sample.jobs, sample.chunks = 0.0, 0, 0
 
     def jobs_per_s(self, key: int) -> float | None:
         """Return the measured rate, or None."""
