@@ -58,8 +58,9 @@ class Sqlite:
 
     def is_unreachable(self, error: BaseException) -> bool:
         """Whether the database itself could not be had."""
-        return isinstance(error, sqlite3.OperationalError) and any(
-            words in str(error) for words in ("unable to open", "readonly database", "disk is full")
+        return self.is_transient(error) or (
+            isinstance(error, sqlite3.OperationalError)
+            and any(words in str(error) for words in ("unable to open", "readonly database", "disk is full"))
         )
 
     def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -131,36 +132,43 @@ class Newcomer:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `torchrelay demo` has run, and nothing is left running."""
+    """A folder that looks like the project's root, in which `torchrelay demo` has run."""
     folder = tmp_path_factory.mktemp("demo")
     report = json.loads(Newcomer(folder).run(["torchrelay", "demo", "--json"]))
-    assert report
+    assert report["ok"]
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
 @pytest.fixture
 def newcomer(request: pytest.FixtureRequest, demo: Path, tmp_path: Path) -> Iterator[Newcomer]:
-    """Somebody who follows the document of this test: the examples, the demo's data, the document's own files.
+    """Somebody who follows the document of this test where the demo ran, with the document's own files.
 
     `torchrelay up` runs beside, unless the document says how to start it.
     """
-    path: Path = request.param
-    folder = tmp_path / "project"
-    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(demo / ".torchrelay", folder / ".torchrelay")
-    somebody = Newcomer(folder)
-    for block in blocks(path):
-        if block.file:
-            (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / block.file).write_text(block.text)
-    if any(block.name and "torchrelay up" in block.commands for block in blocks(path)):
-        yield somebody
-        return
-    log_path = tmp_path / "up.log"
+    told = blocks(request.param)
+    files = [demo / block.file for block in told if block.file]
+    for path, text in zip(files, [block.text for block in told if block.file], strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    try:
+        if any(block.name and "torchrelay up" in block.commands for block in told):
+            yield Newcomer(demo)
+        else:
+            with torchrelay_up(Newcomer(demo), tmp_path / "up.log"):
+                yield Newcomer(demo)
+    finally:
+        for path in files:
+            path.unlink()
+
+
+@contextmanager
+def torchrelay_up(somebody: Newcomer, log_path: Path) -> Iterator[None]:
+    """`torchrelay up` in somebody's folder, from its first living worker to Ctrl-C."""
     with log_path.open("wb") as log:
         up = subprocess.Popen(
             ["torchrelay", "up"],
-            cwd=folder,
+            cwd=somebody.folder,
             env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -175,7 +183,7 @@ def newcomer(request: pytest.FixtureRequest, demo: Path, tmp_path: Path) -> Iter
 
     try:
         wait_until(is_up, 90, "torchrelay up")
-        yield somebody
+        yield
         up.send_signal(signal.SIGINT)  # what Ctrl-C does
         assert up.wait(60) in (0, 130), log_path.read_text()
     finally:
