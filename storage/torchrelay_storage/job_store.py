@@ -19,7 +19,7 @@ from torchrelay_storage.ids import Kind, draw, show
 from torchrelay_storage.job_reader import JobReader
 from torchrelay_storage.settle import MAX_CHUNK, Moved, lock, part, settle, slices
 from torchrelay_storage.states import JOB_MOVES, End
-from torchrelay_storage.submission import LONE_FLOW, Submission, Submitted, chunk_row, resolved, runs
+from torchrelay_storage.submission import Submission, Submitted, chunk_row, resolved, runs
 from torchrelay_storage.turns import last_turn
 
 REDRAWS = 5  # two collisions in a row come once in 10^13 submits
@@ -136,7 +136,11 @@ class JobStore(JobReader):
         turns: dict[tuple[int, int, int], int] = {}
         for submission, first in zip(submissions, firsts, strict=True):
             where = self._take_keys(connection, submission, first)
-            lane = (submission.version.model, submission.options.priority, submission.batch or LONE_FLOW)
+            lane = (
+                submission.version.model,
+                submission.options.priority,
+                submission.flow,
+            )
             for run in runs(submission, where):
                 if lane not in turns:
                     turns[lane] = last_turn(connection, *lane)

@@ -90,7 +90,7 @@ chunks = Table(
     Column("version", Integer, nullable=False),
     Column("batch", BigInteger),
     Column("tenant", Text, nullable=False, server_default=text("''")),
-    Column("flow", BigInteger, nullable=False),  # who shares fairly with whom: the batch, or 0 for lone jobs
+    Column("flow", BigInteger, nullable=False),  # who shares fairly with whom: Submission.flow
     Column("priority", SmallInteger, nullable=False),  # 0 to 9, 9 the most urgent
     Column("turn", BigInteger, nullable=False),  # start-time fair queueing (Goyal, Vin, Cheng 1996) in one integer
     Column("first_id", BigInteger, nullable=False),

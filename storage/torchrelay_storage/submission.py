@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,13 @@ class Submission:
     jobs: Sequence[NewJob]
     batch: int | None = None
     ids: int | None = None
+
+    @property
+    def flow(self) -> int:
+        """Who shares fairly with whom: the tenant where there is one, else the batch, else all lone jobs."""
+        if self.options.tenant:
+            return int.from_bytes(hashlib.sha256(self.options.tenant.encode()).digest()[:8], "big") >> 1
+        return self.batch if self.batch is not None else LONE_FLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ def chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now
     due = start is None or start <= now
     return {
         "id": first, "model": version.model, "version": version.id, "batch": submission.batch,
-        "tenant": options.tenant, "flow": submission.batch or LONE_FLOW, "priority": options.priority, "turn": turn,
+        "tenant": options.tenant, "flow": submission.flow, "priority": options.priority, "turn": turn,
         "first_id": first, "last_id": last, "size": size, "due": due, "not_before": start,
         "timeout": options.timeout, "max_attempts": options.max_attempts, "created_at": now,
         "expires_at": now + options.expires_in if options.expires_in is not None else None,

@@ -262,9 +262,7 @@ class Stores(RuleBasedStateMachine):
 
     def _open_of_batch(self) -> list[int]:
         with self.database.read() as connection:
-            found = connection.execute(
-                text("SELECT id FROM jobs WHERE batch = :b AND state = 0"), {"b": self.batch.id}
-            )
+            found = connection.execute(text("SELECT id FROM jobs WHERE batch = :b AND state = 0"), {"b": self.batch.id})
             return list(found.scalars())
 
     def _end(self, jobs: list[int], end: End) -> None:

@@ -69,6 +69,17 @@ def test_two_batches_proceed_side_by_side(database: Database, version: ModelVers
     assert abs(half.count(first) - half.count(second)) <= 1
 
 
+def test_a_tenant_has_one_share_however_many_batches(database: Database, version: ModelVersion, worker: int) -> None:
+    store = BatchStore(database)
+    many = [store.create(version, Options(tenant="a")).id for _ in range(3)]
+    one = store.create(version, Options(tenant="b")).id
+    for batch in many:
+        submit(database, version, 20, batch=batch, options=Options(tenant="a"))
+    submit(database, version, 20, batch=one, options=Options(tenant="b"))
+    served = drain(database, version, worker)
+    assert served[:10].count(one) == 5
+
+
 def test_a_single_job_does_not_wait_for_the_batch_before_it(
     database: Database, version: ModelVersion, worker: int
 ) -> None:
