@@ -7,7 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # More arguments for pip (for example where torch's wheels are) and for pytest (for example tests/unit -k batch).
 PIP_ARGS ?=
+# Tests side by side; they wait for servers and workers more than they compute.
+JOBS ?= 2
 ARGS ?=
+# Tests side by side; they wait for servers and workers more than they compute.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint bench docs clean
@@ -22,7 +26,7 @@ demo: $(VENV)/.installed-demo ## train a small model and run 1,797 pictures thro
 
 test: $(VENV)/.installed-all ## run all tests and report coverage; ARGS="tests/unit -k ids" runs some
 	@rm -f .coverage .coverage.*
-	HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest $(ARGS); code=$$?; \
+	HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS); code=$$?; \
 	$(BIN)/coverage combine -q && $(BIN)/coverage report --skip-covered --sort=cover; exit $$code
 
 lint: $(VENV)/.installed-all ## style, formatting, types, and who may import whom

@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
 from servers import PostgresServer, RedisServer  # noqa: E402
-
 from torchrelay import Relay  # noqa: E402
 from torchrelay.settings import Settings  # noqa: E402
 from torchrelay_storage.database import Database  # noqa: E402

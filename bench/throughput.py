@@ -1,6 +1,6 @@
 """No-op jobs through real workers: submitted per second, and drained per second, on SQLite and PostgreSQL.
 
-    python bench/throughput.py [--jobs 100000] [--workers 1] [--database sqlite|postgresql]
+python bench/throughput.py [--jobs 100000] [--workers 1] [--database sqlite|postgresql]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a batch of a million jobs costs while it waits: Redis' memory, and the producer's.
 
-    python bench/waiting.py [--jobs 1000000] [--database sqlite|postgresql]
+python bench/waiting.py [--jobs 1000000] [--database sqlite|postgresql]
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
 from torchrelay_storage import values
 from torchrelay_storage.artifacts import Artifacts
 from torchrelay_storage.chunk_store import Claimed, ClaimedJob, Held
 from torchrelay_storage.errors import ModelNotFound
 from torchrelay_storage.job_store import Finished, Outcome
 from torchrelay_storage.registry import ModelVersion
-
 from torchrelay_worker import Model
 from torchrelay_worker.models.residency import Resident, limits_of
 from torchrelay_worker.pipeline.batcher import Batcher

@@ -69,6 +69,7 @@ class Inner:
         self.started = self.reported = time.monotonic()
         self.has_reported = False
         self.deadline: float | None = None
+        self.alone: int | None = None  # the only chunk that runs
         self.stats: Mapping[str, Any] = {}
         self._buffer = b""
         self.reports, write_end = os.pipe()
@@ -102,8 +103,11 @@ class Inner:
             while data := os.read(self.reports, 65_536):
                 self._buffer += data
         *lines, self._buffer = self._buffer.split(b"\n")
-        if lines:
-            report = orjson.loads(lines[-1])
+        for line in lines:
+            report = orjson.loads(line)
+            if "alone" in report:
+                self.alone = report["alone"]
+                continue
             self.reported = time.monotonic()
             self.has_reported = True
             self.deadline = None if report["left"] is None else self.reported + report["left"]
@@ -218,6 +222,7 @@ class Supervisor:
             inner = self._inner = Inner(self._incarnation, self._settings, self._options)
             asked = self._watch(inner)
             code = inner.process.wait()
+            inner.read()
             self._inner = None
             inner.close()
             if asked or code == EXIT_USAGE:
@@ -225,6 +230,7 @@ class Supervisor:
                 ended_well = asked and code in (0, -signal.SIGTERM)  # the latter while it was still importing torch
                 return 0 if ended_well else code if code >= 0 else EXIT_LOST
             log.warning("inner_process_ended", code=code, effect="its chunks are rescued, and it is replaced")
+            self._return_innocents(inner)
             self._mark_stopped(inner.worker)
             self._rescue_now()
             if inner.stats.get("recorded"):  # it has done something: no reason to hold the rest up
@@ -287,6 +293,18 @@ class Supervisor:
             self._fleet.stop(worker)
         except RelayError as error:
             log.info("not_marked_stopped", reason=str(error), effect="it counts as gone once it is stale")
+
+    def _return_innocents(self, inner: Inner) -> None:
+        """Hand back what a lost process held, but for the chunk that ran alone: that one took it down.
+
+        Where several ran, nobody can say which it was. All go back without blame, and whoever claims them next runs
+        each alone; so a job is blamed for its own doing only.
+        """
+        try:
+            held = [(h.chunk, h.token) for h in self._chunks.held(inner.worker) if h.chunk != inner.alone]
+            self._chunks.hand_back(held, inner.worker)
+        except RelayError as error:
+            log.info("not_handed_back", reason=str(error), effect="they are rescued instead")
 
     def _rescue_now(self) -> None:
         try:

@@ -61,26 +61,34 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-class Reports(threading.Thread):
+class Reports:
     """Tells the supervisor each half second that this process answers, and until when what it runs may run."""
 
-    def __init__(self, descriptor: int, left: Callable[[], float | None], stats: Callable[[], Any]) -> None:
-        super().__init__(name="reports", daemon=True)
-        self._descriptor = descriptor
-        self._left = left
-        self._stats = stats
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        self._lock = threading.Lock()
         self._closing = threading.Event()
 
-    def run(self) -> None:
+    def start(self, left: Callable[[], float | None], stats: Callable[[], Any]) -> None:
         """Report until `close`, or until nobody reads."""
-        while True:
-            line = orjson.dumps({"left": self._left(), "stats": self._stats()}) + b"\n"
-            try:
-                os.write(self._descriptor, line)
-            except OSError:
-                return
-            if self._closing.wait(REPORT_SECONDS):
-                return
+
+        def report() -> None:
+            while self._write({"left": left(), "stats": stats()}) and not self._closing.wait(REPORT_SECONDS):
+                pass
+
+        threading.Thread(target=report, name="reports", daemon=True).start()
+
+    def alone(self, chunk: int | None) -> None:
+        """Say which chunk is the only one that runs, before it does."""
+        self._write({"alone": chunk})
+
+    def _write(self, report: dict[str, Any]) -> bool:
+        try:
+            with self._lock:
+                self._file.write(orjson.dumps(report) + b"\n")
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """End the thread."""
@@ -134,7 +142,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             grace=arguments.grace,
         )
         road = Road(wake=announcer.wake, publish=broker.publish_ended, is_up=broker.is_up)
-        pipeline = Pipeline(setup, road, fatal)
+        reports = Reports(arguments.report_fd)
+        pipeline = Pipeline(setup, road, fatal, reports.alone)
 
         def stop() -> None:
             pipeline.stop()
@@ -151,8 +160,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         )
         pipeline.opened = consumer.opened
         pipeline.serving.added = consumer.added
-        reports = Reports(arguments.report_fd, pipeline.watch.left, pipeline.stats)
-        reports.start()
+        reports.start(pipeline.watch.left, pipeline.stats)
         try:
             with pipeline:
                 consumer.run()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from torchrelay_storage import values
 from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.states import End
-
 from torchrelay_worker.pipeline.device import DeviceLost, is_lost, is_out_of_memory
 from worker_fakes import Line, Plus, chunk
 

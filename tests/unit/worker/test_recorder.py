@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
+
 from torchrelay_storage import values
 from torchrelay_storage.artifacts import load_large
 from torchrelay_storage.errors import InvalidInput, Unreachable
 from torchrelay_storage.states import End
-
 from torchrelay_worker.pipeline.ledger import Work
 from torchrelay_worker.pipeline.recorder import TOGETHER, Ran
 from worker_fakes import Line, Plus, Store, chunk

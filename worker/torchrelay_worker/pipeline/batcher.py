@@ -284,7 +284,7 @@ class Batcher(Generic[T]):
         """Return what is known of a version's limits."""
         with self._changed:
             buffer = self._buffers.get(version)
-            return buffer.limits if buffer else None
+            return buffer.limits if buffer is not None else None
 
     def counts(self) -> dict[int, int]:
         """Return how many inputs of each version wait."""

@@ -1,13 +1,15 @@
 """The first step: messages in, chunks claimed, as many as this worker will soon run.
 
 A Celery task hands over a chunk's id and waits until it is claimed; what is claimed goes to the preparing threads once
-its model is loaded. While Redis is away, chunks are claimed straight from SQL. Not here: Celery itself (`consumer`).
+its model is loaded. While Redis is away, chunks are claimed straight from SQL. A chunk that was claimed before and came
+back may have taken its worker down: it runs alone. Not here: Celery itself (`consumer`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,6 +30,7 @@ TICK_SECONDS = 0.5  # between two looks around when nothing comes
 QUIET_SECONDS = 1.0  # without a message after which Redis is asked whether it is there
 RETRY_SECONDS = 0.5  # between two tries while the database is away
 WAKE_SECONDS = 0.02  # between two wakes of the announcer for one model
+FIRST_TOKEN = 1  # of a chunk's first claim; each way back to `waiting` adds to it
 SQL_LIMIT = 8  # chunks claimed at a time while Redis is away
 
 
@@ -63,6 +66,7 @@ class Intake:
         wake: Callable[[str], object],
         redis_is_up: Callable[[], bool],
         opened: Callable[[], object] = lambda: None,
+        alone: Callable[[int | None], object] = lambda chunk: None,
         fatal: Callable[[BaseException], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,6 +76,7 @@ class Intake:
             served: the models that this worker serves: name -> id.
             wake: has a model's next chunks announced.
             opened: called when there is room again.
+            alone: told which chunk is the only one that runs from now on; None: that is over.
         """
         self._store = store
         self._ledger = ledger
@@ -84,6 +89,7 @@ class Intake:
         self._wake = wake
         self._redis_is_up = redis_is_up
         self._opened = opened
+        self._alone = alone
         self._fatal = fatal
         self._clock = clock
         self._changed = threading.Condition()
@@ -91,6 +97,8 @@ class Intake:
         self._loads: list[int] = []
         self._to_load: dict[int, list[Hold]] = {}
         self._sizes: dict[int, int] = {}  # model -> inputs of a full device batch, once one of its versions is loaded
+        self._suspects: deque[Hold] = deque()  # each runs alone
+        self._is_alone = False
         self._woken: dict[str, float] = {}
         self._to_wake: set[str] = set()
         self._closing = False
@@ -144,6 +152,8 @@ class Intake:
         return number is None or self._has_room(number)
 
     def _has_room(self, model: int) -> bool:
+        if self._suspects or self._is_alone:
+            return False
         chunks, jobs = self._ledger.ahead(model)
         if self._residency.is_waited_for and chunks:
             return False
@@ -182,6 +192,8 @@ class Intake:
                     self._claim(ready)
                 elif self._clock() - self._last_message > QUIET_SECONDS:
                     self._claim_without_redis()
+                if self._suspects or self._is_alone:
+                    self._send_next_suspect()
                 self._wake_announcer()
                 if away:
                     away = False
@@ -228,24 +240,45 @@ class Intake:
             models = [number for number in models if self._has_room(number)]
 
     def _enter(self, claimed: Sequence[Claimed]) -> None:
-        """Send what was claimed to the preparing threads, or have its model loaded first."""
-        empty = []
         for hold in self._ledger.claim(claimed):
-            version = hold.claimed.version
-            self._pace.began(hold.claimed.model)
-            if not hold.claimed.jobs:
-                empty.append(hold.claimed.chunk)
-                continue
-            if self._pin(hold):
-                self._preparer.put(hold)
-                continue
+            if hold.claimed.token > FIRST_TOKEN:
+                self._suspects.append(hold)
+            else:
+                self._send(hold)
+
+    def _send(self, hold: Hold) -> None:
+        """Send a chunk to the preparing threads, or have its model loaded first."""
+        version = hold.claimed.version
+        self._pace.began(hold.claimed.model)
+        if not hold.claimed.jobs:
+            self._ledger.drop([hold.claimed.chunk])
+        elif self._pin(hold):
+            self._preparer.put(hold)
+        else:
             with self._changed:
                 if version not in self._to_load:
                     self._loads.append(version)
                 self._to_load.setdefault(version, []).append(hold)
                 self._changed.notify_all()
-        if empty:
-            self._ledger.drop(empty)
+
+    def _send_next_suspect(self) -> None:
+        """Once nothing else runs, send the next chunk that must run alone.
+
+        Should it take the process down, the supervisor knows whom to blame, and that it is nobody else.
+        """
+        while self._suspects and self._suspects[0].dropped:
+            self._suspects.popleft()
+        if len(self._ledger) > len(self._suspects):
+            return  # something runs
+        if self._suspects:
+            hold = self._suspects.popleft()
+            self._is_alone = True
+            self._alone(hold.claimed.chunk)
+            self._send(hold)
+        elif self._is_alone:
+            self._is_alone = False
+            self._alone(None)
+            self._opened()
 
     def _pin(self, hold: Hold) -> bool:
         hold.resident = self._residency.pin(hold.claimed.version)

@@ -79,7 +79,19 @@ class Road:
 class Pipeline:
     """Everything between a claimed chunk and its recorded results. A context manager."""
 
-    def __init__(self, setup: Setup, road: Road, fatal: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        road: Road,
+        fatal: Callable[[BaseException], None],
+        alone: Callable[[int | None], object] = lambda chunk: None,
+    ) -> None:
+        """Put it together.
+
+        Args:
+            fatal: called from any thread that cannot go on.
+            alone: told which chunk is the only one that runs from now on; None: that is over.
+        """
         self._setup = setup
         self._chunks = ChunkStore(setup.database)
         registry = Registry(setup.database)
@@ -128,6 +140,7 @@ class Pipeline:
             wake=road.wake,
             redis_is_up=road.is_up,
             opened=self._on_room,
+            alone=alone,
             fatal=fatal,
         )
         self.warden = Warden(self._chunks, self.ledger, self.batcher, worker=setup.worker)

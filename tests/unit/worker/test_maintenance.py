@@ -1,0 +1,197 @@
+"""The duties and who does them: one leader, faults that stop nothing, slices until nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from servers import wait_until
+from torchrelay_storage import values
+from torchrelay_storage.chunk_store import ModelDue
+from torchrelay_storage.errors import InvalidInput, Unreachable
+from torchrelay_storage.retention import Purged
+from torchrelay_storage.settle import Moved
+from torchrelay_storage.values import Reference
+from torchrelay_worker.maintenance.announce import Announce
+from torchrelay_worker.maintenance.expire import Expire
+from torchrelay_worker.maintenance.leader import LEASE_SECONDS, RENEW_SECONDS, Leader
+from torchrelay_worker.maintenance.purge import DAY, Purge
+from torchrelay_worker.maintenance.rescue import Rescue
+from worker_fakes import Clock
+
+
+class Leases:
+    """One lease, on a clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.holder: int | None = None
+        self.until = 0.0
+        self.away = False
+
+    def acquire(self, lease: str, holder: int, seconds: float) -> bool:
+        if self.away:
+            raise Unreachable("away")
+        if self.holder not in (None, holder) and self.clock() < self.until:
+            return False
+        self.holder, self.until = holder, self.clock() + seconds
+        return True
+
+    def release(self, lease: str, holder: int) -> None:
+        if self.holder == holder:
+            self.holder = None
+
+
+class Count:
+    """A duty that counts how often it was done, and fails as told."""
+
+    def __init__(self, name: str, every: float) -> None:
+        self.name = name
+        self.every = every
+        self.runs = 0
+        self.faults: list[Exception] = []
+
+    def run(self) -> None:
+        self.runs += 1
+        if self.faults:
+            raise self.faults.pop(0)
+
+
+def test_one_leads_and_another_takes_over_when_it_falls_silent() -> None:
+    clock = Clock()
+    leases = Leases(clock)
+    duties = [Count("d", 1.0), Count("d", 1.0)]
+    leaders = [Leader(leases, lambda n=n: n, [duty], clock) for n, duty in enumerate(duties, 1)]  # type: ignore[misc]
+    for _ in range(4):
+        clock.now += 1.0
+        for leader in leaders:
+            leader.tick()
+    assert (duties[0].runs, duties[1].runs) == (4, 0)
+    clock.now += LEASE_SECONDS + RENEW_SECONDS
+    leaders[1].tick()
+    assert duties[1].runs == 1
+    clock.now += 1.0
+    leaders[0].tick()
+    assert duties[0].runs == 4, "it has noticed that it leads no more"
+
+
+def test_each_duty_has_its_own_time_and_no_fault_stops_the_others() -> None:
+    clock = Clock()
+    often, seldom = Count("often", 1.0), Count("seldom", 5.0)
+    often.faults = [Unreachable("a"), Unreachable("b"), InvalidInput("c"), RuntimeError("d")]
+    leader = Leader(Leases(clock), lambda: 1, [often, seldom], clock)
+    for _ in range(10):
+        leader.tick()
+        clock.now += 1.0
+    assert (often.runs, seldom.runs) == (10, 2)
+
+
+def test_without_a_database_nobody_leads() -> None:
+    clock = Clock()
+    leases = Leases(clock)
+    duty = Count("d", 1.0)
+    leader = Leader(leases, lambda: 1, [duty], clock)
+    leases.away = True
+    leader.tick()
+    assert duty.runs == 0
+    leases.away = False
+    clock.now += RENEW_SECONDS
+    leader.tick()
+    assert duty.runs == 1
+
+
+def test_the_thread_gives_the_lease_back() -> None:
+    clock = Clock()
+    leases = Leases(clock)
+    duty = Count("d", 1.0)
+    with Leader(leases, lambda: 1, [duty], clock):
+        wait_until(lambda: duty.runs, 10, "a run")
+    assert leases.holder is None
+
+
+class Chunks:
+    """Answers of a ChunkStore, one a call."""
+
+    def __init__(self, *moves: Moved) -> None:
+        self.moves = list(moves)
+
+    def rescue(self, stale_after: float) -> Moved:
+        return self.moves.pop(0) if self.moves else Moved()
+
+    def expire(self) -> Moved:
+        return self.moves.pop(0) if self.moves else Moved()
+
+    def due_models(self) -> list[ModelDue]:
+        return [ModelDue(1, "both", True, True), ModelDue(2, "waiting", True, False), ModelDue(3, "sent", False, True)]
+
+
+def test_rescue_and_expire_go_on_until_nothing_is_left_and_tell_who_waits() -> None:
+    moves = (Moved(2, (1,), (7,)), Moved(1, (2,), ()))
+    told: list[Any] = []
+
+    def publish(chunks: Any, batches: Any) -> None:
+        told.append((chunks, batches))
+
+    for duty in (Rescue(Chunks(*moves), publish, 10.0), Expire(Chunks(*moves), publish)):
+        told.clear()
+        duty.run()
+        assert told == [((1,), (7,)), ((2,), ())]
+
+
+def test_announce_does_for_each_model_what_is_due() -> None:
+    done: list[tuple[str, str]] = []
+
+    class Announcer:
+        def announce(self, model: str) -> int:
+            done.append(("announce", model))
+            return 1
+
+        def announce_again(self, model: str) -> int:
+            done.append(("again", model))
+            return 0
+
+    Announce(Chunks(), Announcer()).run()
+    assert done == [("announce", "both"), ("again", "both"), ("announce", "waiting"), ("again", "sent")]
+
+
+class Old:
+    """A Retention with so many slices, a Fleet and an object store."""
+
+    def __init__(self, slices: int) -> None:
+        self.slices = slices
+        self.deleted: list[str] = []
+        self.older_than: float | None = None
+        self.forgot = 0
+
+    def purge(self, older_than: float, *, reference: bytes) -> Purged:
+        self.older_than = older_than
+        if not self.slices:
+            return Purged(0, 0, ())
+        self.slices -= 1
+        stored = values.encode_reference(Reference(f"memory:///{self.slices}", 1, "0" * 64, "x/y"))
+        assert stored[:1] == reference
+        return Purged(1, 1, (stored,))
+
+    def delete(self, uris: Iterable[str]) -> None:
+        self.deleted.extend(uris)
+
+    def forget(self, older_than: float) -> int:
+        self.forgot += 1
+        return 0
+
+
+def test_purge_deletes_rows_then_artifacts() -> None:
+    old = Old(3)
+    Purge(old, old, old, days=2.0).run()
+    assert old.deleted == ["memory:///2", "memory:///1", "memory:///0"]
+    assert old.older_than == 2 * DAY
+    assert old.forgot == 1
+
+
+def test_purge_is_bounded_and_can_be_off() -> None:
+    many = Old(1_000)
+    Purge(many, many, many, days=1.0).run()
+    assert 0 < len(many.deleted) < 100
+    kept = Old(3)
+    Purge(kept, kept, kept, days=0.0).run()
+    assert kept.deleted == []
