@@ -89,9 +89,20 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     assert "torchrelay up" in str(found["database"].fix)
     assert found["workers"].grade is found["models"].grade is found["clock"].grade is Grade.SKIPPED
     assert found["artifacts"].grade is Grade.SKIPPED
+    assert found["redis"].grade is Grade.WARNING
     assert "torchrelay up" in str(found["redis"].fix)
     assert exit_code(list(found.values())) == 3
     assert not (tmp_path / "home").exists()
+
+
+def test_an_embedded_stack_that_nobody_has_started_is_not_ill(tmp_path: Path) -> None:
+    settings = Settings.load(home=tmp_path / "home")
+    database = Database(settings.database_url)
+    database.upgrade()
+    database.dispose()
+    found = findings(settings)
+    assert found["redis"].grade is Grade.WARNING
+    assert exit_code(list(found.values())) == 0
 
 
 def test_a_schema_that_is_missing(tmp_path: Path, sqlite_settings: Settings) -> None:
