@@ -73,10 +73,11 @@ def chunk(
     failures: int = 0,
     version: int = 1,
     priority: int = 5,
+    suspect: bool = False,
 ) -> Claimed:
     """Return a claimed chunk; its jobs are numbered from 100 times its own number."""
     jobs = tuple(ClaimedJob(100 * number + i, values.encode(x), failures) for i, x in enumerate(inputs))
-    return Claimed(number, token, 10 * version, version, None, priority, timeout, max_attempts, jobs)
+    return Claimed(number, token, 10 * version, version, None, priority, timeout, max_attempts, jobs, suspect)
 
 
 class Store:

@@ -55,7 +55,10 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """A chunk that a worker holds, with the token that its writes must show."""
+    """A chunk that a worker holds, with the token that its writes must show.
+
+    A `suspect` was held by a process that died: its worker runs it alone, so that nobody else is blamed for it.
+    """
 
     chunk: int
     token: int
@@ -66,6 +69,7 @@ class Claimed:
     timeout: float | None  # seconds
     max_attempts: int
     jobs: tuple[ClaimedJob, ...]
+    suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class ChunkStore:
     def __init__(self, database: Database) -> None:
         self._db = database
         d = database.dialect
-        claimed = "c.id, c.token, c.model, c.version, c.batch, c.priority, c.timeout, c.max_attempts"
+        claimed = "c.id, c.token, c.model, c.version, c.batch, c.priority, c.timeout, c.max_attempts, c.suspect"
         returning = claimed.replace("c.", "")
         self._ripen = text("UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= :now")
         self._next = text(f"""
@@ -141,7 +145,7 @@ class ChunkStore:
             WHERE id IN :chunks AND state IN (0, 1) RETURNING {returning}
         """)
         self._stale = text(f"""
-            SELECT c.id, c.batch, c.max_attempts, c.worker FROM chunks c
+            SELECT c.id, c.batch, c.max_attempts, c.worker, c.suspect FROM chunks c
             WHERE c.state = 2 AND NOT EXISTS (
                 SELECT 1 FROM workers w WHERE w.id = c.worker AND w.stopped_at IS NULL AND w.beat_at > :before)
             ORDER BY c.id LIMIT :limit {d.skip_locked}
@@ -264,27 +268,30 @@ class ChunkStore:
             Claimed(
                 chunk=row.id, token=row.token, model=row.model, version=row.version, batch=row.batch,
                 priority=row.priority, timeout=row.timeout, max_attempts=row.max_attempts, jobs=tuple(jobs[row.id]),
+                suspect=bool(row.suspect),
             )
             for row in rows
         ]  # fmt: skip
         return sorted(taken, key=lambda c: (-c.priority, c.chunk))
 
-    def hand_back(self, holds: Sequence[tuple[int, int]], worker: int) -> int:
+    def hand_back(self, holds: Sequence[tuple[int, int]], worker: int, *, suspect: bool = False) -> int:
         """Let claimed chunks wait again, where the worker still holds them with this token. Spends nobody's attempts.
 
         Args:
             holds: (chunk, token) pairs.
+            suspect: the process that held them died, perhaps of one of them; each runs alone from now on.
 
         Returns:
             How many chunks went back.
         """
         statement = text("""
-            UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, announced_at = NULL
+            UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, announced_at = NULL,
+                suspect = suspect OR CAST(:suspect AS BOOLEAN)
             WHERE id = :chunk AND token = :token AND worker = :worker AND state = 2
         """)
         if not holds:
             return 0
-        rows = [{"chunk": chunk, "token": token, "worker": worker} for chunk, token in sorted(holds)]
+        rows = [{"chunk": c, "token": t, "worker": worker, "suspect": suspect} for c, t in sorted(holds)]
 
         def work(connection: Connection) -> int:
             return sum(connection.execute(statement, row).rowcount for row in rows)
@@ -315,8 +322,9 @@ class ChunkStore:
     def rescue(self, stale_after: float, limit: int = RESCUE_SLICE) -> Moved:
         """Let the chunks of workers that are stopped, gone or silent for `stale_after` seconds wait again.
 
-        A chunk with several open jobs comes back in halves, so that a job that takes its worker down is alone at
-        last; a job that was alone is blamed: one more failure, of type WorkerLost.
+        What comes back is suspect and runs alone from now on. A chunk with several open jobs comes back in halves, so
+        that a job that takes its worker down is by itself at last. A job that was by itself and ran alone is blamed:
+        one more failure, of type WorkerLost.
         """
 
         def work(connection: Connection) -> Moved:
@@ -327,11 +335,11 @@ class ChunkStore:
                 suspects = list(connection.execute(_OPEN_JOBS, {"chunks": [row.id]}).scalars())
                 count += len(suspects)
                 self._free(connection, row.id)
-                if len(suspects) == 1:
+                if len(suspects) == 1 and row.suspect:
                     self._blame(connection, row, suspects[0], now)
-                elif suspects:
+                elif len(suspects) > 1:
                     second = suspects[len(suspects) // 2 :]
-                    half = part(connection, row.id, second)
+                    half = part(connection, row.id, second, suspect=True)
                     connection.execute(
                         text("UPDATE jobs SET chunk = :half WHERE id BETWEEN :first AND :last AND chunk = :chunk "
                              "AND state = 0"),

@@ -102,6 +102,7 @@ chunks = Table(
     Column("expired", Integer, nullable=False, server_default=text("0")),
     Column("state", SmallInteger, nullable=False, server_default=text("0")),  # states.ChunkState
     Column("due", Boolean, nullable=False, server_default=text("true")),  # its time has come
+    Column("suspect", Boolean, nullable=False, server_default=text("false")),  # was held by a process that died
     Column("retrying", Boolean, nullable=False, server_default=text("false")),  # its jobs have failed before
     Column("token", Integer, nullable=False, server_default=text("0")),  # the claim's number, which fences late writes
     Column("worker", BigInteger),

@@ -64,9 +64,10 @@ _LOCK = "SELECT id, batch FROM chunks WHERE id IN :chunks ORDER BY id {lock}"
 
 _PART = text("""
     INSERT INTO chunks (id, model, version, batch, tenant, flow, priority, turn, first_id, last_id, size, state, due,
-                        retrying, token, timeout, max_attempts, not_before, expires_at, created_at)
+                        suspect, retrying, token, timeout, max_attempts, not_before, expires_at, created_at)
     SELECT :chunk, model, version, batch, tenant, flow, priority, COALESCE(CAST(:turn AS BIGINT), turn),
-           :first, :last, :size, 0, CAST(:due AS BOOLEAN), CAST(:retrying AS BOOLEAN), 0, timeout, max_attempts,
+           :first, :last, :size, 0, CAST(:due AS BOOLEAN), CAST(:suspect AS BOOLEAN), CAST(:retrying AS BOOLEAN), 0,
+           timeout, max_attempts,
            CAST(:not_before AS FLOAT), CASE WHEN CAST(:anew AS BOOLEAN) THEN NULL ELSE expires_at END, created_at
     FROM chunks WHERE id = :source
 """)
@@ -119,6 +120,7 @@ def part(
     jobs: Sequence[int],
     *,
     not_before: float | None = None,
+    suspect: bool = False,
     retrying: bool = False,
     turn: int | None = None,
     anew: bool = False,
@@ -127,6 +129,7 @@ def part(
 
     Args:
         not_before: when it may start, on the database's clock; None: at once.
+        suspect: it comes from a process that died, and is to run alone.
         turn: its turn; None: its source's, so that it does not lose its place.
         anew: the jobs start over, without the deadline that they had.
     """
@@ -141,6 +144,7 @@ def part(
             "size": len(jobs),
             "turn": turn,
             "due": not_before is None,
+            "suspect": suspect,
             "retrying": retrying,
             "not_before": not_before,
             "anew": anew,

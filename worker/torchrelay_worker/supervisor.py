@@ -302,7 +302,7 @@ class Supervisor:
         """
         try:
             held = [(h.chunk, h.token) for h in self._chunks.held(inner.worker) if h.chunk != inner.alone]
-            self._chunks.hand_back(held, inner.worker)
+            self._chunks.hand_back(held, inner.worker, suspect=True)
         except RelayError as error:
             log.info("not_handed_back", reason=str(error), effect="they are rescued instead")
 

@@ -209,7 +209,10 @@ class Stores(RuleBasedStateMachine):
         alone = []
         for held in self.chunk_store.held(dead):
             jobs = sorted(self.chunk_store.open_jobs([held.chunk]))
-            if len(jobs) == 1:
+            with self.database.read() as connection:
+                found = connection.execute(text("SELECT suspect FROM chunks WHERE id = :c"), {"c": held.chunk})
+                suspect = found.scalar_one()
+            if len(jobs) == 1 and suspect:
                 alone.append(jobs[0])
         self.chunk_store.rescue(60)
         assert self.chunk_store.held(dead) == []

@@ -295,6 +295,20 @@ def test_rescue_halves_until_the_guilty_job_is_alone(database: Database, version
     assert rows[guilty].error.type == "WorkerLost"
 
 
+def test_a_drain_makes_no_suspects_and_a_crash_does(database: Database, version: ModelVersion, worker: int) -> None:
+    chunks = ChunkStore(database)
+    [job] = submit(database, version, 1)
+    [claimed] = chunks.claim([job], worker)
+    chunks.hand_back([(job, claimed.token)], worker)
+    [claimed] = chunks.claim([job], worker)
+    assert not claimed.suspect
+    chunks.hand_back([(job, claimed.token)], worker, suspect=True)
+    [claimed] = chunks.claim([job], worker)
+    assert claimed.suspect
+    chunks.hand_back([(job, claimed.token)], worker)
+    assert chunks.claim([job], worker)[0].suspect, "until it has ended"
+
+
 def test_a_silent_worker_is_stale_and_a_beating_one_is_not(database: Database, version: ModelVersion) -> None:
     fleet, chunks = Fleet(database), ChunkStore(database)
     silent = fleet.register("a", host="h", pid=1, device="cpu").id

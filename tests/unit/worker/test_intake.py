@@ -181,7 +181,7 @@ def test_a_model_is_loaded_once_for_all_that_wait(rig: Callable[..., Rig]) -> No
 
 
 def test_chunks_that_came_back_run_alone_and_one_by_one(rig: Callable[..., Rig]) -> None:
-    made = rig([chunk(1, range(4)), chunk(2, [10, 11], token=3), chunk(3, [20], token=5), chunk(4, [30])])
+    made = rig([chunk(1, range(4)), chunk(2, [10, 11], suspect=True), chunk(3, [20], suspect=True), chunk(4, [30])])
     go_on = threading.Event()
     made.model.trouble = lambda batch: go_on.wait(20) and None
     made.offer(1)

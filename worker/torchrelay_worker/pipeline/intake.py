@@ -1,8 +1,8 @@
 """The first step: messages in, chunks claimed, as many as this worker will soon run.
 
 A Celery task hands over a chunk's id and waits until it is claimed; what is claimed goes to the preparing threads once
-its model is loaded. While Redis is away, chunks are claimed straight from SQL. A chunk that was claimed before and came
-back may have taken its worker down: it runs alone. Not here: Celery itself (`consumer`).
+its model is loaded. While Redis is away, chunks are claimed straight from SQL. A chunk whose last holder died may have
+been the cause, and runs alone. Not here: Celery itself (`consumer`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ TICK_SECONDS = 0.5  # between two looks around when nothing comes
 QUIET_SECONDS = 1.0  # without a message after which Redis is asked whether it is there
 RETRY_SECONDS = 0.5  # between two tries while the database is away
 WAKE_SECONDS = 0.02  # between two wakes of the announcer for one model
-FIRST_TOKEN = 1  # of a chunk's first claim; each way back to `waiting` adds to it
 SQL_LIMIT = 8  # chunks claimed at a time while Redis is away
 
 
@@ -241,7 +240,7 @@ class Intake:
 
     def _enter(self, claimed: Sequence[Claimed]) -> None:
         for hold in self._ledger.claim(claimed):
-            if hold.claimed.token > FIRST_TOKEN:
+            if hold.claimed.suspect:
                 self._suspects.append(hold)
             else:
                 self._send(hold)

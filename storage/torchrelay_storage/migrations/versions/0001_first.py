@@ -67,6 +67,7 @@ def upgrade() -> None:
         sa.Column("expired", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("state", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("due", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("suspect", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("retrying", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("token", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("worker", sa.BigInteger(), nullable=True),
