@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -19,12 +20,17 @@ from torchrelay_worker.supervisor import Options, Supervisor
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
+def _default_name() -> str:
+    # Process ids repeat in containers; a container's host name does not.
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', socket.gethostname())[:48].lstrip('._-') or 'worker'}-{os.getpid()}"
+
+
 def parse(argv: Sequence[str] | None = None) -> Options:
     """Read the command line. Exits with 2 where it makes no sense."""
     parser = argparse.ArgumentParser(prog="torchrelay worker", description="Runs jobs on one device.")
     parser.add_argument("--models", metavar="A,B", help="serve only these models (default: all that have a handler)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    parser.add_argument("--name", default=f"worker-{os.getpid()}", help="the worker's name, unique on its machine")
+    parser.add_argument("--name", default=_default_name(), help="the worker's name, unique in the fleet")
     parser.add_argument("--threads", type=_count, default=2, help="threads that preprocess inputs (default: 2)")
     parser.add_argument("--torch-threads", type=_count, help="threads of one forward pass on a CPU (default: torch's)")
     parser.add_argument("--max-loaded", type=_count, help="models loaded at a time (default: what memory takes)")
