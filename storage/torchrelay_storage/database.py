@@ -6,16 +6,17 @@ Not here: any statement about jobs (the stores), and what the two databases do d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeVar
 
 import tenacity
-from sqlalchemy import Connection, Engine, text
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 
+from torchrelay_storage.dialect import Dialect
 from torchrelay_storage.errors import InvalidInput, SchemaMismatch, Unreachable
 from torchrelay_storage.postgresql import Postgresql
 from torchrelay_storage.schema import REVISION
@@ -23,27 +24,8 @@ from torchrelay_storage.sqlite import Sqlite
 
 T = TypeVar("T")
 
-JobTuple: TypeAlias = tuple[int, int, int | None, bytes, bytes | None]  # id, chunk, batch, input, metadata
-FinishRow: TypeAlias = tuple[int, int, int, bytes | None, bytes | None, int]  # id, chunk, end, output, error, failed
-
 # A deadlock or a locked file is over in a moment; a database that restarts is back in a few seconds.
 RETRY_SECONDS = 8.0
-
-
-class Dialect(Protocol):
-    """What differs between the databases. `now`, `lock` and the like are SQL."""
-
-    name: str
-    now: str
-    lock: str
-    skip_locked: str
-    json_text: str
-
-    def engine(self, url: URL, pool_size: int) -> Engine: ...
-    def is_transient(self, error: BaseException) -> bool: ...
-    def is_unreachable(self, error: BaseException) -> bool: ...
-    def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None: ...
-    def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int: ...
 
 
 class Database:
@@ -174,7 +156,8 @@ class Database:
         """Bring the schema to this code's revision. Two at once: one does it, the other waits and finds it done."""
         from torchrelay_storage import revisions
 
-        revisions.upgrade(self)
+        with self.write() as connection:
+            revisions.upgrade(connection, self.safe_url)
 
     def check(self) -> None:
         """Raise SchemaMismatch if this code cannot run on the database's schema; the message says which to upgrade."""
@@ -182,7 +165,8 @@ class Database:
         if current != REVISION:
             from torchrelay_storage import revisions
 
-            revisions.check(self, current)
+            with self.read() as connection:
+                revisions.check(connection, self.safe_url, current)
 
 
 def _first_line(error: BaseException) -> str:

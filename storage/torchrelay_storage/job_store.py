@@ -13,7 +13,8 @@ from sqlalchemy import Connection, bindparam, insert, text
 from sqlalchemy.exc import IntegrityError
 
 from torchrelay_storage import schema
-from torchrelay_storage.database import Database, FinishRow, JobTuple
+from torchrelay_storage.database import Database
+from torchrelay_storage.dialect import FinishRow, JobTuple
 from torchrelay_storage.errors import KeyConflict
 from torchrelay_storage.ids import Kind, draw, show
 from torchrelay_storage.job_reader import JobReader

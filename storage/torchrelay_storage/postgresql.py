@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.engine import URL
 
-if TYPE_CHECKING:
-    from torchrelay_storage.database import FinishRow, JobTuple
+from torchrelay_storage.dialect import FinishRow, JobTuple
 
 COPY_FROM = 32  # rows from which COPY beats an INSERT with arrays
 

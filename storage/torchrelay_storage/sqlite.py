@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
-if TYPE_CHECKING:
-    from torchrelay_storage.database import FinishRow, JobTuple
+from torchrelay_storage.dialect import FinishRow, JobTuple
 
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another; one writes at a time, and none takes long
 
