@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.engine import URL
 
 from torchrelay_storage.dialect import FinishRow, JobTuple
+from torchrelay_storage.states import End
 
 COPY_FROM = 32  # rows from which COPY beats an INSERT with arrays
 
@@ -67,11 +68,7 @@ class Postgresql:
         """Insert (id, chunk, batch, input, metadata) rows."""
         if len(rows) < COPY_FROM:
             columns = [list(column) for column in zip(*rows, strict=True)]
-            connection.exec_driver_sql(
-                "INSERT INTO jobs (id, chunk, batch, input, metadata) SELECT * FROM "
-                "unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::bytea[], %s::bytea[])",
-                tuple(columns),
-            )
+            connection.exec_driver_sql(_INSERT, tuple(columns))
             return
         driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
         with (
@@ -84,12 +81,30 @@ class Postgresql:
 
     def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        result = connection.exec_driver_sql(
-            "UPDATE jobs SET state = u.state, output = u.output, error = u.error, failures = failures + u.failed, "
-            "worker = %s, finished_at = %s FROM unnest(%s::bigint[], %s::bigint[], %s::smallint[], %s::bytea[], "
-            "%s::bytea[], %s::smallint[]) AS u(id, chunk, state, output, error, failed) "
-            "WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0",
-            (worker, now, *columns),
-        )
-        return result.rowcount
+        succeeded = [(job, chunk, output) for job, chunk, end, output, *_ in rows if end == End.SUCCEEDED]
+        others = [row for row in rows if row[2] != End.SUCCEEDED]
+        written = 0
+        for statement, some in ((_SUCCEED, succeeded), (_FINISH, others)):
+            if some:
+                columns = [list(column) for column in zip(*some, strict=True)]
+                written += connection.exec_driver_sql(statement, (worker, now, *columns)).rowcount
+        return written
+
+
+# Arrays in binary (%b): as text they cost more than the update itself. Successes, the usual case, need fewer of them.
+_SUCCEED = """
+    UPDATE jobs SET state = 1, output = u.output, error = NULL, worker = %s, finished_at = %s
+    FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[]) AS u(id, chunk, output)
+    WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0
+"""
+_FINISH = """
+    UPDATE jobs SET state = u.state, output = u.output, error = u.error, failures = failures + u.failed, worker = %s,
+        finished_at = %s
+    FROM unnest(%b::bigint[], %b::bigint[], %b::smallint[], %b::bytea[], %b::bytea[], %b::smallint[])
+        AS u(id, chunk, state, output, error, failed)
+    WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0
+"""
+_INSERT = """
+    INSERT INTO jobs (id, chunk, batch, input, metadata)
+    SELECT * FROM unnest(%b::bigint[], %b::bigint[], %b::bigint[], %b::bytea[], %b::bytea[])
+"""
