@@ -15,7 +15,7 @@ from servers import RedisServer, wait_until
 from torchrelay import announcer as module
 from torchrelay import messages
 from torchrelay.announcer import Announcer, AnnouncerThread, room, window
-from torchrelay.broker import Broker
+from torchrelay.broker import SEPARATOR, Broker
 from torchrelay.settings import Settings
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import ModelNotFound, Unreachable
@@ -99,7 +99,7 @@ def test_no_more_goes_out_than_the_window_holds(system: System) -> None:
     assert system.announcer.announce("digits") == 4
     assert system.announcer.announce("digits") == 0
     assert system.sent() == {5: 4}
-    system.broker.redis.rpop(f"{QUEUE}:4")
+    system.broker.redis.rpop(f"{QUEUE}{SEPARATOR}4")
     assert system.announcer.announce("digits") == 1
 
 

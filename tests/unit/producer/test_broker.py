@@ -14,7 +14,7 @@ import pytest
 
 from servers import RedisServer
 from torchrelay import messages
-from torchrelay.broker import Broker, connect, make_app, redis_url
+from torchrelay.broker import SEPARATOR, Broker, connect, make_app, redis_url
 from torchrelay.settings import Settings
 from torchrelay_storage import ids
 from torchrelay_storage.errors import Unreachable
@@ -71,13 +71,13 @@ def test_each_priority_has_a_list_of_its_own(broker: Broker) -> None:
     broker.send((QUEUE, p, ids.draw()) for p in range(10) for _ in range(p + 1))
     assert broker.depths(QUEUE) == {p: p + 1 for p in range(10)}
     assert broker.redis.llen(QUEUE) == 10  # priority 9 is Redis's first list
-    assert broker.redis.llen(f"{QUEUE}:9") == 1
+    assert broker.redis.llen(f"{QUEUE}{SEPARATOR}9") == 1
 
 
 def test_many_messages_go_in_their_order(broker: Broker) -> None:
     chunks = [ids.draw() for _ in range(250)]
     assert broker.send((QUEUE, 5, c) for c in chunks) == 250
-    sent: Any = broker.redis.lrange(f"{QUEUE}:4", 0, -1)
+    sent: Any = broker.redis.lrange(f"{QUEUE}{SEPARATOR}4", 0, -1)
     found = [messages.decode(json.loads(b64decode(json.loads(m)["body"]))[0]) for m in reversed(sent)]
     assert found == chunks
 

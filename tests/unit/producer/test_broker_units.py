@@ -10,9 +10,10 @@ from pathlib import Path
 import fakeredis
 import orjson
 import pytest
+from kombu.transport.redis import Channel
 
 from torchrelay import messages
-from torchrelay.broker import Broker
+from torchrelay.broker import SEPARATOR, Broker
 from torchrelay.completions import Completions, Delivery
 from torchrelay.settings import Settings
 from torchrelay_storage.errors import Unreachable
@@ -35,12 +36,16 @@ def broker(server: fakeredis.FakeServer, tmp_path: Path) -> Iterator[Broker]:
 
 def test_depths_are_read_by_our_priorities(broker: Broker) -> None:
     broker.redis.rpush("torchrelay.m", "a", "b")  # the list that Celery serves first
-    broker.redis.rpush("torchrelay.m:9", "c")
-    broker.redis.rpush("torchrelay.m:4", "d")
+    broker.redis.rpush(f"torchrelay.m{SEPARATOR}9", "c")
+    broker.redis.rpush(f"torchrelay.m{SEPARATOR}4", "d")
     broker.redis.rpush("torchrelay.other", "e")
     depths = broker.depths("torchrelay.m")
     assert {p: n for p, n in depths.items() if n} == {9: 2, 5: 1, 0: 1}
     assert set(depths) == set(range(10))
+
+
+def test_the_separator_is_kombu_s() -> None:
+    assert Channel.sep == SEPARATOR
 
 
 def test_what_ended_is_published_as_the_message_says(broker: Broker) -> None:
