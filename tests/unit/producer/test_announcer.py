@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
+from forking import run_in_child
 from servers import RedisServer, wait_until
 from torchrelay import announcer as module
 from torchrelay import messages
@@ -198,11 +198,11 @@ def test_redis_away_is_said_once_and_made_up_for() -> None:
     with capture_logs() as logs, AnnouncerThread(double, retry_seconds=0.01) as thread:
         began = time.monotonic()
         thread.wake("a")
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 2
         wait_until(lambda: len(double.calls) > 5)
         assert thread.is_down
         assert not thread.flush(60)  # at once: it is known to be away
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         thread.wake("b")
         double.away = False
         wait_until(lambda: not thread.is_down)
@@ -259,8 +259,10 @@ def test_a_forked_child_announces_by_itself() -> None:
     with AnnouncerThread(double) as thread:
         thread.wake("parent")
         assert thread.flush(5)
-        child = os.fork()
-        if child == 0:
+
+        def child() -> None:
             thread.wake("child")
-            os._exit(0 if thread.flush(5) and double.calls == ["parent", "child"] else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert thread.flush(30)
+            assert double.calls == ["parent", "child"]
+
+        run_in_child(child)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -190,21 +189,20 @@ def test_an_async_iterable_streams_and_goes_on(run: Any, monkeypatch: pytest.Mon
 
 def test_the_loop_goes_on_while_something_large_is_submitted(run: Any, tmp_path: Path) -> None:
     async def main(relay: AsyncRelay) -> None:
-        longest, stop = 0.0, False
+        ticks, stop = 0, False
 
         async def tick() -> None:
-            nonlocal longest
+            nonlocal ticks
             while not stop:
-                began = time.monotonic()
                 await asyncio.sleep(0.001)
-                longest = max(longest, time.monotonic() - began)
+                ticks += 1
 
         ticking = asyncio.create_task(tick())
         job = await relay.submit("double", np.zeros(2_000_000, dtype=np.float32))
         await relay.submit_batch("double", ({"n": n} for n in range(20_000)))
         stop = True
         await ticking
-        assert longest < 0.5
+        assert ticks > 10  # a loop that is held up would see one or two
         np.testing.assert_array_equal(await job.input(), np.zeros(2_000_000, dtype=np.float32))
 
     run(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from forking import run_in_child
 from servers import wait_until
 from torchrelay import completions as module
 from torchrelay import messages
@@ -294,11 +294,12 @@ def test_a_forked_child_waits_by_itself(world: World, make: Callable[[], Complet
     world.rows[1] = row(1, 10)
     waiter = Waiter(completions, 1, 10)
     wait_until(settled(world, completions))
-    child = os.fork()
-    if child == 0:
+
+    def child() -> None:
         world.rows[2] = row(2, 10, JobState.SUCCEEDED)
-        news = Waiter(completions, 2, 10).result()
-        os._exit(0 if news == world.rows[2] and completions.waiting == 0 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert Waiter(completions, 2, 10).result() == world.rows[2]
+        assert completions.waiting == 0
+
+    run_in_child(child)
     world.end(1)
     assert waiter.result().state is JobState.SUCCEEDED  # type: ignore[union-attr]
