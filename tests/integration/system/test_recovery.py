@@ -75,9 +75,8 @@ def test_submits_go_on_while_redis_is_away(
             with Relay(settings=settings) as fresh:  # a client that never saw Redis
                 jobs.append(fresh.submit("double", i))
                 fresh_times.append(time.monotonic() - began)
-        # Within a second: the median, since machines that test have other things to do.
-        assert sorted(times)[2] < 1.0
-        assert sorted(fresh_times)[1] < 1.0
+        assert max(times) < 1.0, "the promise: each within a second"
+        assert max(fresh_times) < 1.0
     finally:
         (redis_server.restart if fault == "dead" else redis_server.resume)()
     assert [relay.job(job.id).result(timeout=60) for job in jobs] == [2 * i for i in range(8)]

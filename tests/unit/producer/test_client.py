@@ -225,7 +225,7 @@ def test_a_silent_redis_does_not_hold_up_a_submit(relay: Relay, redis_server: Re
             relay.submit("double", {"n": n})
             relay.submit_batch("double", [{"n": n}])
             times.append(time.monotonic() - began)
-        assert sorted(times)[2] < 1  # the promise; the median, since machines that test have other things to do
+        assert max(times) < 1, "the promise: each within a second"
         wait_until(lambda: relay._core.announcer.is_down)
     finally:
         redis_server.resume()
