@@ -136,6 +136,20 @@ class Artifacts:
         with self._faults("read", path):
             return bytes(obstore.get(self._store, path).bytes())
 
+    def size(self, uri: str) -> int | None:
+        """Return how many bytes an artifact has, without reading it; None: there is none, or none that may be read.
+
+        Raises:
+            NotFound: it lies in another store.
+            Unreachable: the store could not be asked.
+        """
+        path = self._path(uri)
+        with self._faults("ask about", path):
+            try:
+                return int(obstore.head(self._store, path)["size"])
+            except (*_MISSING, *_REFUSED):  # S3 refuses to say what is missing to those who may not list
+                return None
+
     def fetch(self, uri: str, to: Path | str, sha256: str | None = None) -> Path:
         """Copy an artifact to a local file, in constant memory, and return the file's path.
 
@@ -166,6 +180,17 @@ class Artifacts:
             Path(name).unlink(missing_ok=True)
             raise
         return to
+
+    def under(self, path: str) -> list[str]:
+        """Return the URIs of all artifacts below this path; what is being written is not among them.
+
+        Raises:
+            InvalidInput: the path is not allowed.
+            Unreachable: the store failed.
+        """
+        path = _checked(path)
+        with self._faults("list", path):
+            return [self._uri(item["path"]) for some in obstore.list(self._store, path) for item in some]
 
     def delete(self, uris: Iterable[str]) -> None:
         """Delete these artifacts. What is gone already is no error; what lies in another store is left, with a warning.

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from sqlalchemy import Connection, Row, bindparam, text
 
+from torchrelay_storage.blame import Lost, blame_job, count_death
 from torchrelay_storage.database import Database
 from torchrelay_storage.settle import Moved, part, settle, slices
 from torchrelay_storage.states import ChunkState
@@ -20,10 +20,20 @@ from torchrelay_storage.turns import advance
 RESCUE_SLICE = 200
 EXPIRE_SLICE = 200
 
-_NOT_PAUSED = """
-    AND NOT EXISTS (SELECT 1 FROM models m WHERE m.id = c.model AND m.paused)
-    AND (c.batch IS NULL OR NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = c.batch AND b.paused))
-"""
+
+def _not_paused(model: str) -> str:
+    """Return the SQL by which neither the model of a chunk `c` nor its batch nor its run is paused.
+
+    As a NOT EXISTS, PostgreSQL would make a join of the model and expect it to leave no row, and sort a whole queue for
+    its first chunks. With `model` a parameter it is looked up once a statement; a run is looked up only for the chunks
+    of training lanes, whose `first_id` is its job.
+    """
+    return f"""
+        AND NOT (SELECT m.paused FROM models m WHERE m.id = {model})
+        AND (NOT (SELECT m.training FROM models m WHERE m.id = {model})
+             OR NOT EXISTS (SELECT 1 FROM runs r WHERE r.job = c.first_id AND r.paused))
+        AND (c.batch IS NULL OR NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = c.batch AND b.paused))
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +120,12 @@ class ChunkStore:
         d = database.dialect
         claimed = "c.id, c.token, c.model, c.version, c.batch, c.priority, c.timeout, c.max_attempts, c.suspect"
         returning = claimed.replace("c.", "")
+        here = _not_paused(":model")
         self._ripen = text("UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= :now")
         self._next = text(f"""
             SELECT c.id, c.priority, c.turn FROM chunks c
             WHERE c.state = 0 AND c.due AND c.model = :model AND c.priority >= :least
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {_NOT_PAUSED}
+              AND (c.expires_at IS NULL OR c.expires_at > :now) {here}
             ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
         """)
         self._announce = _chunks(
@@ -122,20 +133,20 @@ class ChunkStore:
         )
         self._overdue = text(f"""
             SELECT c.id, c.priority FROM chunks c
-            WHERE c.state = 1 AND c.model = :model AND c.announced_at <= :before {_NOT_PAUSED}
+            WHERE c.state = 1 AND c.model = :model AND c.announced_at <= :before {here}
             ORDER BY c.announced_at LIMIT :limit {d.skip_locked}
         """)
         self._again = _chunks("UPDATE chunks SET announced_at = :now WHERE id IN :chunks AND state = 1 RETURNING id")
         self._claimable = _chunks(f"""
             SELECT c.id FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {_NOT_PAUSED} ORDER BY c.id {d.skip_locked}
+              AND (c.expires_at IS NULL OR c.expires_at > :now) {_not_paused("c.model")} ORDER BY c.id {d.skip_locked}
         """)
         # One state and model at a time, so that an index gives the order: there may be a million that wait.
         self._claimable_next = [
             text(f"""
                 SELECT c.id FROM chunks c
                 WHERE c.state = {state:d} AND c.due AND c.model = :model
-                  AND (c.expires_at IS NULL OR c.expires_at > :now) {_NOT_PAUSED}
+                  AND (c.expires_at IS NULL OR c.expires_at > :now) {here}
                 ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
             """)
             for state in (ChunkState.ANNOUNCED, ChunkState.WAITING)
@@ -145,7 +156,8 @@ class ChunkStore:
             WHERE id IN :chunks AND state IN (0, 1) RETURNING {returning}
         """)
         self._stale = text(f"""
-            SELECT c.id, c.batch, c.max_attempts, c.worker, c.suspect FROM chunks c
+            SELECT c.id, c.batch, c.max_attempts, c.worker, c.suspect, m.training
+            FROM chunks c JOIN models m ON m.id = c.model
             WHERE c.state = 2 AND NOT EXISTS (
                 SELECT 1 FROM workers w WHERE w.id = c.worker AND w.stopped_at IS NULL AND w.beat_at > :before)
             ORDER BY c.id LIMIT :limit {d.skip_locked}
@@ -324,7 +336,7 @@ class ChunkStore:
 
         What comes back is suspect and runs alone from now on. A chunk with several open jobs comes back in halves, so
         that a job that takes its worker down is by itself at last. A job that was by itself and ran alone is blamed:
-        one more failure, of type WorkerLost.
+        one more failure, of type WorkerLost. A training run is never a suspect: one more death of it is counted.
         """
 
         def work(connection: Connection) -> Moved:
@@ -334,9 +346,13 @@ class ChunkStore:
             for row in rows:
                 suspects = list(connection.execute(_OPEN_JOBS, {"chunks": [row.id]}).scalars())
                 count += len(suspects)
-                self._free(connection, row.id)
-                if len(suspects) == 1 and row.suspect:
-                    self._blame(connection, row, suspects[0], now)
+                self._free(connection, row.id, suspect=not row.training)
+                lost = [Lost(row.id, job, row.worker, row.max_attempts) for job in suspects]
+                if row.training:
+                    for run in lost:
+                        count_death(connection, run, now)
+                elif len(suspects) == 1 and row.suspect:
+                    blame_job(connection, lost[0], now)
                 elif len(suspects) > 1:
                     second = suspects[len(suspects) // 2 :]
                     half = part(connection, row.id, second, suspect=True)
@@ -351,27 +367,13 @@ class ChunkStore:
 
         return self._db.transact(work)
 
-    def _free(self, connection: Connection, chunk: int) -> None:
+    def _free(self, connection: Connection, chunk: int, *, suspect: bool) -> None:
         connection.execute(
             text("UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, "
-                 "announced_at = NULL WHERE id = :chunk AND state = 2"),
-            {"chunk": chunk},
+                 "announced_at = NULL, suspect = suspect OR CAST(:suspect AS BOOLEAN) "
+                 "WHERE id = :chunk AND state = 2"),
+            {"chunk": chunk, "suspect": suspect},
         )  # fmt: skip
-
-    def _blame(self, connection: Connection, row: Row[Any], job: int, now: float) -> None:
-        name = connection.execute(text("SELECT name FROM workers WHERE id = :id"), {"id": row.worker}).scalar()
-        error = orjson.dumps({
-            "type": "WorkerLost",
-            "message": f"worker {name or row.worker} was lost while it ran this job, and nothing else was to blame",
-        })  # fmt: skip
-        connection.execute(
-            text("UPDATE jobs SET failures = failures + 1, error = :error, "
-                 "state = CASE WHEN failures + 1 >= :most THEN 2 ELSE 0 END, "
-                 "finished_at = CASE WHEN failures + 1 >= :most THEN :now ELSE NULL END "
-                 "WHERE id = :job AND state = 0"),
-            {"error": error, "most": row.max_attempts, "now": now, "job": job},
-        )  # fmt: skip
-        connection.execute(text("UPDATE chunks SET retrying = true WHERE id = :chunk"), {"chunk": row.id})
 
     def expire(self, limit: int = EXPIRE_SLICE) -> Moved:
         """End the jobs that were not started in time."""

@@ -13,12 +13,16 @@ FinishRow: TypeAlias = tuple[int, int, int, bytes | None, bytes | None, int]  # 
 
 
 class Dialect(Protocol):
-    """What differs between the databases. `now`, `lock` and the like are SQL."""
+    """What differs between the databases. `now`, `lock` and the like are SQL.
+
+    `joined` is the pattern of an aggregate: texts in one, with commas between.
+    """
 
     name: str
     now: str
     lock: str
     skip_locked: str
+    joined: str
     json_text: str
 
     def engine(self, url: URL, pool_size: int) -> Engine: ...

@@ -2,11 +2,14 @@
 
 RelayError
 ├── InvalidInput            what was passed cannot be stored or run; nothing was enqueued
-│   └── KeyConflict         the key is taken by another input
+│   ├── KeyConflict         the key is taken by another input
+│   ├── InvalidDataset      names the column or the row of a dataset that cannot be trained on
+│   └── InvalidHyperparameter   names the hyperparameter
 ├── NotFound
 │   ├── JobNotFound
 │   ├── BatchNotFound
-│   └── ModelNotFound
+│   ├── ModelNotFound
+│   └── RecipeNotFound
 ├── JobFailed               the job ran, and its last attempt failed
 ├── JobCancelled
 ├── JobExpired              it was not started within its `expires_in`
@@ -45,6 +48,32 @@ class KeyConflict(InvalidInput):
         self.job = job
 
 
+class InvalidDataset(InvalidInput):
+    """A dataset cannot be read, or cannot be trained on.
+
+    Attributes:
+        column: the column at fault, where there is one.
+        row: the row at fault, counted from 0 without a header, where there is one.
+    """
+
+    def __init__(self, message: str, *, column: str | None = None, row: int | None = None) -> None:
+        super().__init__(message)
+        self.column = column
+        self.row = row
+
+
+class InvalidHyperparameter(InvalidInput):
+    """A recipe does not take this hyperparameter, or not this value.
+
+    Attributes:
+        key: its name.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class NotFound(RelayError):
     """What was asked for does not exist, or no longer."""
 
@@ -59,6 +88,10 @@ class BatchNotFound(NotFound):
 
 class ModelNotFound(NotFound):
     """No registered model has this name or version."""
+
+
+class RecipeNotFound(NotFound):
+    """No recipe has this name."""
 
 
 class _JobEnded(RelayError):

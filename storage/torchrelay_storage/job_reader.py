@@ -27,6 +27,12 @@ class JobError:
     traceback: str | None = None
 
 
+def encode_error(error: JobError) -> bytes:
+    """Return an error as it is stored: JSON. What is no Unicode text in it is replaced."""
+    fields = {"type": error.type, "message": error.message, "traceback": error.traceback}
+    return orjson.dumps({k: v.encode(errors="replace").decode() for k, v in fields.items() if v is not None})
+
+
 @dataclass(frozen=True, slots=True)
 class JobRow:
     """A job with everything that is known of it. `input` and `output` are encoded as in `values`."""
@@ -52,6 +58,8 @@ class JobRow:
     finished_at: float | None
     input: bytes | None = None  # None where it was not asked for
     output: bytes | None = None
+    trains: str | None = None  # of a training run: the name of the model that it trains
+    trained: int | None = None  # and the number of the version that it registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +95,17 @@ _WHERE: dict[JobState, tuple[End, str]] = {
     JobState.EXPIRED: (End.EXPIRED, "c.expired > 0"),
 }
 
+
+def condition(states: Sequence[JobState]) -> str:
+    """Return the SQL by which a job `j` of a chunk `c` is in one of these states."""
+    return " OR ".join(f"(j.state = {int(end)} AND {where})" for end, where in (_WHERE[s] for s in states))
+
+
 _COLUMNS = """j.id, j.chunk, j.batch, m.name AS model, v.version, j.state AS end_state, c.state AS chunk_state, c.due,
     c.retrying, c.priority, j.failures, c.max_attempts, c.timeout, c.tenant, k.key, j.metadata, j.error,
-    w.name AS worker, c.created_at, c.not_before, c.expires_at, j.finished_at"""
+    w.name AS worker, c.created_at, c.not_before, c.expires_at, j.finished_at,
+    CASE WHEN m.training THEN (SELECT r.model FROM runs r WHERE r.job = j.id) END AS trains,
+    CASE WHEN m.training THEN (SELECT r.version FROM runs r WHERE r.job = j.id) END AS trained"""
 
 _JOINS = """JOIN model_versions v ON v.id = c.version JOIN models m ON m.id = c.model
     LEFT JOIN keys k ON k.job = j.id LEFT JOIN workers w ON w.id = COALESCE(j.worker, c.worker)"""
@@ -115,6 +131,13 @@ class JobReader:
             return found
 
         return self._db.query(work)
+
+    def of_key(self, model: int, tenant: str, key: str) -> tuple[int, bytes] | None:
+        """Return the id of the job that a tenant submitted to this model under a key, and its input's digest."""
+        statement = text("SELECT job, digest FROM keys WHERE tenant = :tenant AND model = :model AND key = :key")
+        scope = {"tenant": tenant, "model": model, "key": key}
+        row = self._db.query(lambda connection: connection.execute(statement, scope).one_or_none())
+        return (row.job, bytes(row.digest)) if row is not None else None
 
     def page(
         self, wanted: JobFilter, *, limit: int = 50, before: int | None = None, with_output: bool = False
@@ -163,7 +186,8 @@ def _row(r: Row[Any]) -> JobRow:
         key=r.key, metadata=orjson.loads(r.metadata) if r.metadata else {},
         error=JobError(error["type"], error["message"], error.get("traceback")) if error else None,
         worker=r.worker, created_at=r.created_at, not_before=r.not_before, expires_at=r.expires_at,
-        finished_at=r.finished_at, input=fields.get("input"), output=fields.get("output"),
+        finished_at=r.finished_at, input=fields.get("input"), output=fields.get("output"), trains=r.trains,
+        trained=r.trained,
     )  # fmt: skip
 
 

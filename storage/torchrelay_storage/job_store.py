@@ -68,6 +68,11 @@ _RETRY = text("""
     WHERE id = :job AND chunk = :chunk AND state = 0
 """)
 
+# What a run has done is kept: it goes on from its last checkpoint. A cancelled one may have been paused.
+_START_RUNS_OVER = text("UPDATE runs SET paused = false, deaths = 0, phase = '' WHERE job IN :jobs").bindparams(
+    bindparam("jobs", expanding=True)
+)
+
 
 class JobStore(JobReader):
     """The moves of jobs, and the questions about them."""
@@ -347,6 +352,7 @@ class JobStore(JobReader):
                 "finished_at = NULL WHERE id IN :jobs AND chunk = :chunk AND state IN (2, 3, 4)"
             ).bindparams(bindparam("jobs", expanding=True))
             count += connection.execute(reopen, {"new": new, "jobs": group, "chunk": source}).rowcount
+            connection.execute(_START_RUNS_OVER, {"jobs": group})
             new_chunks.append(new)
         sources = [source for source, *_ in groups]
         settle(connection, sources + new_chunks, now)

@@ -32,6 +32,7 @@ class Postgresql:
     now = "extract(epoch from clock_timestamp())::float8"
     lock = "FOR UPDATE"
     skip_locked = "FOR UPDATE OF c SKIP LOCKED"
+    joined = "string_agg({0}, ',')"
     # The first byte tells JSON from the rest; what is not JSON is NULL here.
     json_text = "CASE WHEN length({0}) > 0 AND get_byte({0}, 0) >= 32 THEN convert_from({0}, 'UTF8') END"
 

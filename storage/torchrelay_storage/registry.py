@@ -1,11 +1,15 @@
-"""Models: a name, its versions (a handler and pinned weights), and whether it is paused."""
+"""Models: a name, its versions (a handler and pinned weights), and whether it is paused.
+
+A recipe's lane, whose jobs are training runs, is a model too, hidden from who asks for models. Not here: who moves an
+alias (`aliases`).
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -14,10 +18,12 @@ from sqlalchemy import Connection, Row, text
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, ModelNotFound
+from torchrelay_storage.ids import LARGEST
 from torchrelay_storage.settle import MAX_CHUNK
 
 DEFAULT_CHUNK_SIZE = 256  # until a worker has loaded the model and knows better
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+LANE = "train:"  # a recipe's lane is a model of this name, which no user can register
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,10 @@ class ModelVersion:
         weights: URI in the artifact store, with the sha256 that is checked at each load.
         config: the handler's own settings.
         chunk_size: how many jobs travel together.
+        metrics: what the run that trained it measured.
+        lineage: what it came from: dataset, code, hyperparameters.
+        run: the id of the job that trained it.
+        aliases: that stand for it now.
     """
 
     id: int
@@ -43,11 +53,20 @@ class ModelVersion:
     chunk_size: int
     paused: bool
     created_at: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    run: int | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def ref(self) -> str:
         """The version as users write it: `digits@3`."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe whose lane this is: its jobs are training runs, its config their hyperparameters' JSON Schema."""
+        return self.handler if self.name.startswith(LANE) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +79,69 @@ class ModelRow:
     running: int
 
 
-_COLUMNS = """v.id, v.model, m.name, v.version, v.handler, v.weights, v.sha256, v.config, v.chunk_size, m.paused,
-    v.created_at"""
 _FROM = "FROM model_versions v JOIN models m ON m.id = v.model"
+
+
+def check_name(name: str, noun: str = "model") -> None:
+    """Raise InvalidInput for what cannot be a name."""
+    if not NAME.fullmatch(name):
+        raise InvalidInput(f"a {noun}'s name has 1 to 63 characters of a-z, 0-9, '.', '_', '-', not {name!r}")
+
+
+def json_text(document: Mapping[str, Any], what: str) -> str:
+    """Return a document as JSON; `what` names it. Raises InvalidInput."""
+    try:
+        return orjson.dumps(dict(document), option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{what} is not JSON: {error}") from error
+
+
+def add_version(
+    database: Database,
+    connection: Connection,
+    name: str,
+    handler: str,
+    *,
+    config: str,
+    weights: str | None = None,
+    sha256: str | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    metrics: str = "{}",
+    lineage: str = "{}",
+    run: int | None = None,
+    lane: bool = False,
+) -> tuple[int, int, int]:
+    """Add the next version of a model in the caller's transaction; the first makes the name. The texts are JSON.
+
+    Two at once get two numbers: the second waits for the first to commit.
+
+    Returns:
+        The ids of the version and of the model, and the version's number.
+    """
+    now = database.clock(connection)
+    model = lock_model(database, connection, name, now, lane=lane)
+    statement = text("""
+        INSERT INTO model_versions (model, version, handler, weights, sha256, config, chunk_size, metrics, lineage, run,
+                                    created_at)
+        SELECT :model, COALESCE(max(version), 0) + 1, :handler, :weights, :sha256, :config, :chunk_size, :metrics,
+               :lineage, CAST(:run AS BIGINT), :now
+        FROM model_versions WHERE model = :model RETURNING id, version
+    """)
+    row = {"model": model, "handler": handler, "weights": weights, "sha256": sha256, "config": config,
+           "chunk_size": chunk_size, "metrics": metrics, "lineage": lineage, "run": run, "now": now}  # fmt: skip
+    added = connection.execute(statement, row).one()
+    return int(added.id), model, int(added.version)
+
+
+def lock_model(database: Database, connection: Connection, name: str, now: float, *, lane: bool = False) -> int:
+    """Lock a model's row, which is made where there is none, and return its id."""
+    connection.execute(
+        text("INSERT INTO models (name, training, created_at) VALUES (:name, CAST(:lane AS BOOLEAN), :now) "
+             "ON CONFLICT DO NOTHING"),
+        {"name": name, "lane": lane, "now": now},
+    )  # fmt: skip
+    locked = text(f"SELECT id FROM models WHERE name = :name {database.dialect.lock}")
+    return int(connection.execute(locked, {"name": name}).scalar_one())
 
 
 class Registry:
@@ -70,6 +149,10 @@ class Registry:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        aliases = database.dialect.joined.format("a.alias")
+        self._select = f"""SELECT v.id, v.model, m.name, v.version, v.handler, v.weights, v.sha256, v.config,
+            v.chunk_size, m.paused, v.created_at, v.metrics, v.lineage, v.run,
+            (SELECT {aliases} FROM aliases a WHERE a.model = v.model AND a.version = v.version) AS aliases {_FROM}"""
 
     def register(
         self,
@@ -86,70 +169,59 @@ class Registry:
         Raises:
             InvalidInput: a name that is no name, a chunk size out of range, a config that is not JSON.
         """
-        if not NAME.fullmatch(name):
-            raise InvalidInput(f"a model's name has 1 to 63 characters of a-z, 0-9, '.', '_', '-', not {name!r}")
+        check_name(name)
         if chunk_size is not None and not 1 <= chunk_size <= MAX_CHUNK:
             raise InvalidInput(f"chunk_size must be from 1 to {MAX_CHUNK}, not {chunk_size}")
-        try:
-            config_json = orjson.dumps(dict(config or {})).decode()
-        except (TypeError, ValueError) as error:
-            raise InvalidInput(f"the config of model {name!r} is not JSON: {error}") from error
+        config_json = json_text(config or {}, f"the config of model {name!r}")
 
         def work(connection: Connection) -> int:
-            now = self._db.clock(connection)
-            connection.execute(
-                text("INSERT INTO models (name, created_at) VALUES (:name, :now) ON CONFLICT DO NOTHING"),
-                {"name": name, "now": now},
-            )
-            model = connection.execute(
-                text(f"SELECT id FROM models WHERE name = :name {self._db.dialect.lock}"), {"name": name}
-            ).scalar_one()
-            statement = text("""
-                INSERT INTO model_versions (model, version, handler, weights, sha256, config, chunk_size, created_at)
-                SELECT :model, COALESCE(max(version), 0) + 1, :handler, :weights, :sha256, :config, :chunk_size, :now
-                FROM model_versions WHERE model = :model RETURNING id
-            """)
-            row = {"model": model, "handler": handler, "weights": weights, "sha256": sha256, "config": config_json,
-                   "chunk_size": chunk_size or DEFAULT_CHUNK_SIZE, "now": now}  # fmt: skip
-            return int(connection.execute(statement, row).scalar_one())
+            number, _, _ = add_version(
+                self._db, connection, name, handler, config=config_json, weights=weights, sha256=sha256,
+                chunk_size=chunk_size or DEFAULT_CHUNK_SIZE,
+            )  # fmt: skip
+            return number
 
         return self.version(self._db.transact(work))
 
     def resolve(self, ref: str) -> ModelVersion:
-        """Return the version that `digits` (the newest) or `digits@3` stands for.
+        """Return the version that `digits` (the newest), `digits@3` or `digits@champion` (an alias) stands for.
 
         Raises:
-            ModelNotFound: it names the registered models that come near.
+            ModelNotFound: it names the registered models that come near, or the aliases that there are.
         """
-        name, at, number = ref.partition("@")
-        if at and not number.isdecimal():
-            raise ModelNotFound(f"{ref!r}: a version is a number, as in {name}@1")
-        newest = "" if at else "ORDER BY v.version DESC LIMIT 1"
-        wanted = "AND v.version = :version" if at else ""
-        statement = text(f"SELECT {_COLUMNS} {_FROM} WHERE m.name = :name {wanted} {newest}")
+        name, at, which = ref.partition("@")
+        if not at:
+            wanted = "ORDER BY v.version DESC LIMIT 1"
+        elif which.isdecimal():
+            wanted = "AND v.version = :version"
+        else:
+            wanted = "AND v.version = (SELECT version FROM aliases WHERE model = m.id AND alias = :alias)"
+        statement = text(f"{self._select} WHERE m.name = :name AND NOT m.training {wanted}")
+        parameters = {"name": name, "alias": which, "version": min(int(which), LARGEST) if which.isdecimal() else 0}
 
         def work(connection: Connection) -> ModelVersion:
-            parameters = {"name": name, **({"version": int(number)} if at else {})}
             row = connection.execute(statement, parameters).one_or_none()
             if row is None:
-                raise ModelNotFound(_not_found(connection, ref, name))
+                raise ModelNotFound(_not_found(connection, ref))
             return _version(row)
 
         return self._db.query(work)
 
     def version(self, number: int) -> ModelVersion:
-        """Return a version by its id. Raises ModelNotFound."""
-        statement = text(f"SELECT {_COLUMNS} {_FROM} WHERE v.id = :id")
-        row = self._db.query(lambda connection: connection.execute(statement, {"id": number}).one_or_none())
+        """Return a version, or a lane's, by its id. Raises ModelNotFound."""
+        return self._db.query(lambda connection: self.read(connection, number))
+
+    def read(self, connection: Connection, number: int) -> ModelVersion:
+        """The same inside a transaction."""
+        row = connection.execute(text(f"{self._select} WHERE v.id = :id"), {"id": number}).one_or_none()
         if row is None:
             raise ModelNotFound(f"no model version has the id {number}")
         return _version(row)
 
     def versions(self, name: str | None = None) -> list[ModelVersion]:
         """Return the versions of a model, or of all, the newest of each name first."""
-        statement = text(
-            f"SELECT {_COLUMNS} {_FROM} {'WHERE m.name = :name' if name else ''} ORDER BY m.name, v.version DESC"
-        )
+        scope = "AND m.name = :name" if name else ""
+        statement = text(f"{self._select} WHERE NOT m.training {scope} ORDER BY m.name, v.version DESC")
         rows: Sequence[Row[Any]] = self._db.query(
             lambda connection: connection.execute(statement, {"name": name} if name else {}).all()
         )
@@ -177,6 +249,44 @@ class Registry:
             for model, versions in found.items()
         ]
 
+    def lane(self, recipe: str, schema: Mapping[str, Any], connection: Connection | None = None) -> ModelVersion:
+        """Return a recipe's lane, which is made where there is none.
+
+        Args:
+            schema: the JSON Schema of its hyperparameters, which clients check them by; a changed one is recorded.
+            connection: the caller's own; a lane that is made then exists if and only if the caller commits.
+
+        Raises:
+            InvalidInput: a name that is none for a recipe, or a schema that is not JSON.
+        """
+        check_name(recipe, "recipe")
+        config = json_text(schema, f"the schema of recipe {recipe!r}")
+        found = self.find_lane(recipe)
+        if found is not None and found.config == orjson.loads(config):
+            return found
+        name = LANE + recipe
+
+        def work(connection: Connection) -> int:
+            model = lock_model(self._db, connection, name, self._db.clock(connection), lane=True)
+            renew = text("UPDATE model_versions SET config = :config WHERE model = :model RETURNING id")
+            number = connection.execute(renew, {"config": config, "model": model}).scalar()
+            if number is None:
+                number, _, _ = add_version(self._db, connection, name, recipe, config=config, chunk_size=1, lane=True)
+            return int(number)
+
+        if connection is not None:
+            return self.read(connection, work(connection))
+        return self.version(self._db.transact(work))
+
+    def find_lane(self, recipe: str) -> ModelVersion | None:
+        """Return the lane of a recipe, or None where no worker has ever served it."""
+        return next((lane for lane in self.lanes() if lane.recipe == recipe), None)
+
+    def lanes(self) -> list[ModelVersion]:
+        """Return the lanes of all recipes that a worker has ever served, by name."""
+        statement = text(f"{self._select} WHERE m.training ORDER BY m.name")
+        return [_version(row) for row in self._db.query(lambda connection: connection.execute(statement).all())]
+
     def set_chunk_size(self, version: int, chunk_size: int) -> None:
         """Record how many jobs of this version should travel together, as a worker has measured it."""
         statement = text("UPDATE model_versions SET chunk_size = :n WHERE id = :id AND chunk_size <> :n")
@@ -199,18 +309,25 @@ class Registry:
 
 
 def _version(row: Row[Any]) -> ModelVersion:
-    fields = dict(row._mapping)
-    return ModelVersion(**{**fields, "config": orjson.loads(row.config), "paused": bool(row.paused)})
+    read = {name: orjson.loads(getattr(row, name)) for name in ("config", "metrics", "lineage")}
+    aliases = tuple(sorted(row.aliases.split(","))) if row.aliases else ()
+    return ModelVersion(**{**row._mapping, **read, "paused": bool(row.paused), "aliases": aliases})
 
 
-def _not_found(connection: Connection, ref: str, name: str) -> str:
-    names = list(connection.execute(text("SELECT name FROM models ORDER BY name")).scalars())
-    if name in names:
-        newest = connection.execute(
-            text("SELECT max(v.version) FROM model_versions v JOIN models m ON m.id = v.model WHERE m.name = :name"),
-            {"name": name},
-        ).scalar()
-        return f"model {name!r} has no such version: {ref}; its newest is {name}@{newest}"
-    near = difflib.get_close_matches(name, names, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"registered are: {', '.join(names) or 'none yet'}"
-    return f"no model is registered as {name!r}; {hint} (`torchrelay models register` adds one)"
+def _not_found(connection: Connection, ref: str) -> str:
+    name, _, which = ref.partition("@")
+    names = list(connection.execute(text("SELECT name FROM models WHERE NOT training ORDER BY name")).scalars())
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"registered are: {', '.join(names) or 'none yet'}"
+        return f"no model is registered as {name!r}; {hint} (`torchrelay models register` adds one)"
+    if which.isdecimal():
+        newest = text(
+            "SELECT max(v.version) FROM model_versions v JOIN models m ON m.id = v.model WHERE m.name = :name"
+        )
+        number = connection.execute(newest, {"name": name}).scalar()
+        return f"model {name!r} has no such version: {ref}; its newest is {name}@{number}"
+    statement = text("SELECT a.alias FROM aliases a JOIN models m ON m.id = a.model WHERE m.name = :name ORDER BY 1")
+    aliases = list(connection.execute(statement, {"name": name}).scalars())
+    there = f"its aliases are: {', '.join(aliases)}" if aliases else "it has no aliases yet"
+    return f"model {name!r} has no alias {which!r}: {ref}; {there}; a version is a number, as in {name}@1"

@@ -2,7 +2,8 @@
 
 `jobs` is cold: a row is written when it is submitted, and once more when it ends. `chunks` is hot and small: what moves
 through Redis and who holds it. Times are seconds since 1970 on the database's clock. The view `job_status` (made by the
-migrations, documented in docs/operations.md) shows both together, with the states and ids that users see.
+migrations, documented in docs/operations.md) shows both together, with the states and ids that users see. A training
+run is a job like any other, of a hidden model named after its recipe; what is more to it stands in `runs`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sqlalchemy import (
     ColumnElement,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -31,7 +33,7 @@ from sqlalchemy import (
 
 from torchrelay_storage.states import ChunkState
 
-REVISION = "0001"  # of the newest migration, which makes just these tables
+REVISION = "0002"  # of the newest migration, after which there are just these tables
 
 metadata = MetaData()
 
@@ -46,6 +48,7 @@ models = Table(
     Column("name", Text, nullable=False, unique=True),
     Column("paused", Boolean, nullable=False, server_default=text("false")),
     Column("created_at", Real, nullable=False),
+    Column("training", Boolean, nullable=False, server_default=text("false")),  # the hidden lane of a recipe's runs
 )
 
 # What a name stood for at a time: a handler (a name that the operator's workers know) and pinned weights.
@@ -61,6 +64,9 @@ model_versions = Table(
     Column("config", Text, nullable=False, server_default=text("'{}'")),  # JSON, the handler's own
     Column("chunk_size", Integer, nullable=False),  # jobs that travel together
     Column("created_at", Real, nullable=False),
+    Column("metrics", Text, nullable=False, server_default=text("'{}'")),  # JSON: name -> number, where it was trained
+    Column("lineage", Text, nullable=False, server_default=text("'{}'")),  # JSON: data, code and settings it came from
+    Column("run", BigInteger),  # the job that trained it, which retention may have purged
     UniqueConstraint("model", "version"),
 )
 
@@ -157,6 +163,91 @@ jobs = Table(
     Column("finished_at", Real),
     postgresql_with={"fillfactor": "50"},
 )
+
+# A training run: a job, its chunk of one, and this row. Lean, for its process writes it about once a second.
+runs = Table(
+    "runs",
+    metadata,
+    Column("job", Id, primary_key=True, autoincrement=False),
+    Column("model", Text, nullable=False),  # the name that its version is registered under; may not exist before
+    Column("recipe", Text, nullable=False),
+    Column("phase", Text, nullable=False, server_default=text("''")),
+    Column("step", Integer, nullable=False, server_default=text("0")),
+    Column("steps", Integer, nullable=False, server_default=text("0")),  # 0: not known yet
+    Column("epoch", Integer, nullable=False, server_default=text("0")),
+    Column("epochs", Integer, nullable=False, server_default=text("0")),
+    Column("examples_per_s", Real),
+    Column("eta", Real),  # seconds
+    Column("paused", Boolean, nullable=False, server_default=text("false")),
+    Column("deaths", SmallInteger, nullable=False, server_default=text("0")),  # of its process since a checkpoint
+    Column("best", Real),  # value of what decides which weights are the best
+    Column("best_step", Integer),
+    Column("split", Text, nullable=False, server_default=text("'{}'")),  # JSON: how the examples were split
+    Column("dataset_sha256", Text),
+    Column("version", Integer),  # the number of the version that it registered
+    Column("created_at", Real, nullable=False),
+    Column("started_at", Real),
+    Column("updated_at", Real),
+)
+Index("ix_runs_model", runs.c.model)
+
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("job", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),  # such as train_loss
+    Column("step", Integer, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("value", Real, nullable=False),
+    Column("at", Real, nullable=False),
+    PrimaryKeyConstraint("job", "name", "step"),
+)
+
+run_logs = Table(
+    "run_logs",
+    metadata,
+    Column("job", BigInteger, nullable=False),
+    Column("id", BigInteger, nullable=False),  # in the order of the lines
+    Column("at", Real, nullable=False),
+    Column("line", Text, nullable=False),
+    PrimaryKeyConstraint("job", "id"),
+)
+
+# The checkpoints that are kept.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("job", BigInteger, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("files", Text, nullable=False),  # JSON: name -> URI in the artifact store
+    Column("value", Real),  # of what decides which weights are the best
+    Column("created_at", Real, nullable=False),
+    PrimaryKeyConstraint("job", "step"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("model", Integer, nullable=False),
+    Column("alias", Text, nullable=False),
+    Column("version", Integer, nullable=False),  # the number, as in digits@3
+    PrimaryKeyConstraint("model", "alias"),
+    ForeignKeyConstraint(["model", "version"], ["model_versions.model", "model_versions.version"]),
+)
+
+# Which version was live when. Only grows.
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("model", Integer, ForeignKey("models.id"), nullable=False),
+    Column("alias", Text, nullable=False),
+    Column("version", Integer),  # NULL: the alias was removed
+    Column("rollback", Boolean, nullable=False, server_default=text("false")),  # back to what was live before
+    Column("at", Real, nullable=False),
+    Column("by", Text, nullable=False, server_default=text("''")),
+)
+Index("ix_alias_moves_model", alias_moves.c.model, alias_moves.c.alias)
 
 keys = Table(
     "keys",

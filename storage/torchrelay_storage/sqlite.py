@@ -22,6 +22,7 @@ class Sqlite:
     now = "((julianday('now') - 2440587.5) * 86400.0)"
     lock = ""  # a transaction that writes holds the whole file
     skip_locked = ""
+    joined = "group_concat({0})"
     json_text = "CASE WHEN {0} >= x'20' THEN CAST({0} AS TEXT) END"
 
     def engine(self, url: URL, pool_size: int) -> Engine:

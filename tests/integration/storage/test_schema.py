@@ -6,13 +6,18 @@ import threading
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
+from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import SchemaMismatch, Unreachable
+from torchrelay_storage.fleet import Fleet
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.registry import Registry
 from torchrelay_storage.revisions import MIGRATIONS
 from torchrelay_storage.schema import REVISION, metadata
@@ -24,6 +29,64 @@ def test_migrations_make_the_tables_of_the_schema(database: Database) -> None:
     assert database.revision() == (ScriptDirectory(str(MIGRATIONS)).get_current_head(), REVISION)
     assert database.revision()[0] == REVISION
     database.check()
+
+
+def upgrade_to(database: Database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
+# A model, a chunk of two jobs that a worker holds, one of them ended; and a view that an operator has built on ours.
+FIRST_ROWS = """
+    INSERT INTO models (name, created_at) VALUES ('digits', 1);
+    INSERT INTO model_versions (model, version, handler, config, chunk_size, created_at)
+        VALUES (1, 1, 'h', '{"a":1}', 4, 1);
+    INSERT INTO workers (id, name, host, pid, device, started_at, beat_at) VALUES (7, 'w', 'h', 1, 'cpu', 1, 1);
+    INSERT INTO chunks (id, model, version, flow, priority, turn, first_id, last_id, size, succeeded, state, token,
+                        worker, max_attempts, created_at)
+        VALUES (11, 1, 1, 0, 5, 1, 11, 12, 2, 1, 2, 3, 7, 2, 1);
+    INSERT INTO jobs (id, chunk, state, input) VALUES (11, 11, 1, '1'), (12, 11, 0, '2')
+"""
+
+
+def test_an_upgrade_keeps_the_rows_of_the_first_schema(empty_database_url: str) -> None:
+    database = Database(empty_database_url)
+    upgrade_to(database, "0001")
+    with database.write() as connection:
+        for statement in FIRST_ROWS.split(";"):
+            connection.exec_driver_sql(statement)
+        if not database.is_sqlite:
+            connection.execute(text("CREATE VIEW mine AS SELECT job, state FROM job_status"))
+    with pytest.raises(SchemaMismatch, match="upgrade the database"):
+        database.check()
+    database.upgrade()
+    database.check()
+    with database.read() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        shown = connection.execute(text("SELECT id, model, version, state, kind FROM job_status ORDER BY id")).all()
+        if not database.is_sqlite:
+            assert connection.execute(text("SELECT count(*) FROM mine")).scalar() == 2
+    assert [tuple(row) for row in shown] == [
+        (11, "digits", 1, "succeeded", "inference"),
+        (12, "digits", 1, "running", "inference"),
+    ]
+    version = Registry(database).resolve("digits")
+    assert (version.config, version.metrics, version.lineage, version.run, version.aliases) == (
+        {"a": 1},
+        {},
+        {},
+        None,
+        (),
+    )
+    Fleet(database).stop(7)
+    assert ChunkStore(database).rescue(60).count == 1
+    assert len(ChunkStore(database).claim([11], 8)) == 1
+    assert JobStore(database).cancel([12]).count == 1
+    assert Registry(database).lane("images", {}).version == 1
+    database.dispose()
 
 
 def test_upgrading_twice_changes_nothing(database: Database) -> None:

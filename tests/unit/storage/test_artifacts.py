@@ -135,9 +135,13 @@ def test_put_get_delete(store: Artifacts) -> None:
     uri = store.put("jobs/2026-11-24/j_1/input", b"\x00data")
     assert uri == f"{store.url}/jobs/2026-11-24/j_1/input"
     assert store.get(uri) == b"\x00data"
+    assert store.size(uri) == 5
     assert store.put("jobs/2026-11-24/j_1/input", b"") == uri  # replaces
     assert store.get(uri) == b""
     store.delete([uri])
+    assert store.size(uri) is None
+    with pytest.raises(NotFound, match="not in the artifact store"):
+        store.size("file:///elsewhere/a")
     with pytest.raises(NotFound, match="does not exist"):
         store.get(uri)
 

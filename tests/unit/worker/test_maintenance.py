@@ -170,7 +170,7 @@ class Old:
         self.slices -= 1
         stored = values.encode_reference(Reference(f"memory:///{self.slices}", 1, "0" * 64, "x/y"))
         assert stored[:1] == reference
-        return Purged(1, 1, (stored,))
+        return Purged(1, 1, (stored,), (f"memory:///checkpoint{self.slices}",) if self.slices == 1 else ())
 
     def delete(self, uris: Iterable[str]) -> None:
         self.deleted.extend(uris)
@@ -183,7 +183,7 @@ class Old:
 def test_purge_deletes_rows_then_artifacts() -> None:
     old = Old(3)
     Purge(old, old, old, days=2.0).run()
-    assert old.deleted == ["memory:///2", "memory:///1", "memory:///0"]
+    assert old.deleted == ["memory:///2", "memory:///1", "memory:///checkpoint1", "memory:///0"]
     assert old.older_than == 2 * DAY
     assert old.forgot == 1
 

@@ -57,7 +57,7 @@ class Purge:
         for _ in range(SLICES):
             purged = self._retention.purge(self._days * DAY, reference=tag)
             references = (values.as_reference(stored) for stored in purged.artifacts)
-            uris = [reference.uri for reference in references if reference is not None]
+            uris = [*(reference.uri for reference in references if reference is not None), *purged.files]
             if uris:
                 self._artifacts.delete(uris)
             if not purged.chunks:
