@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchrelay.async_client import AsyncRelay
     from torchrelay.client import Relay
-    from torchrelay.handles import AsyncBatch, AsyncJob, Batch, Job
+    from torchrelay.handles import AsyncBatch, AsyncJob, AsyncRun, Batch, Job, Run
     from torchrelay.settings import Settings
     from torchrelay_storage.batch_store import Counts
     from torchrelay_storage.errors import (
         BatchNotFound,
         Corrupt,
+        InvalidDataset,
+        InvalidHyperparameter,
         InvalidInput,
         JobCancelled,
         JobExpired,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         ModelNotFound,
         NotFound,
         QueueFull,
+        RecipeNotFound,
         RelayError,
         SchemaMismatch,
         Unreachable,
@@ -43,10 +46,13 @@ __all__ = [
     "AsyncBatch",
     "AsyncJob",
     "AsyncRelay",
+    "AsyncRun",
     "Batch",
     "BatchNotFound",
     "Corrupt",
     "Counts",
+    "InvalidDataset",
+    "InvalidHyperparameter",
     "InvalidInput",
     "Job",
     "JobCancelled",
@@ -58,8 +64,10 @@ __all__ = [
     "ModelNotFound",
     "NotFound",
     "QueueFull",
+    "RecipeNotFound",
     "Relay",
     "RelayError",
+    "Run",
     "SchemaMismatch",
     "Settings",
     "Unreachable",
@@ -70,11 +78,13 @@ _WHERE = {
     "AsyncBatch": "torchrelay.handles",
     "AsyncJob": "torchrelay.handles",
     "AsyncRelay": "torchrelay.async_client",
+    "AsyncRun": "torchrelay.handles",
     "Batch": "torchrelay.handles",
     "Counts": "torchrelay_storage.batch_store",
     "Job": "torchrelay.handles",
     "JobState": "torchrelay_storage.states",
     "Relay": "torchrelay.client",
+    "Run": "torchrelay.handles",
     "Settings": "torchrelay.settings",
 }  # the others are errors
 

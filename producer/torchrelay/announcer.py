@@ -23,7 +23,7 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
 from torchrelay_storage.events import get_logger
 from torchrelay_storage.fleet import Fleet, WorkerRow
-from torchrelay_storage.registry import Registry
+from torchrelay_storage.registry import LANE, Registry
 
 log = get_logger("torchrelay.announcer")
 
@@ -102,7 +102,9 @@ class Announcer:
         size = self._window(model)
         waiting = sum(depths.values())
         age = self._settings.announce_again if waiting else LOST_AFTER
-        return self._send(queue, self._chunks.announce_again(self._id(model), age, max(size - waiting, LEAST)))
+        # A training run waits for hours behind another: anew each half minute, its messages would fill Redis.
+        limit = size - waiting if model.startswith(LANE) else max(size - waiting, LEAST)
+        return self._send(queue, self._chunks.announce_again(self._id(model), age, limit)) if limit > 0 else 0
 
     def _send(self, queue: str, announced: Sequence[Announced]) -> int:
         if not announced:
@@ -112,7 +114,8 @@ class Announcer:
     def _id(self, model: str) -> int:
         number = self._models.get(model)
         if number is None:
-            number = self._models[model] = self._registry.resolve(model).model
+            lane = self._registry.find_lane(model.removeprefix(LANE)) if model.startswith(LANE) else None
+            number = self._models[model] = (lane or self._registry.resolve(model)).model
         return number
 
     def _window(self, model: str) -> int:

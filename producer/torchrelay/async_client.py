@@ -8,18 +8,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torchrelay import training
 from torchrelay.async_core import AsyncCore
 from torchrelay.batches import BatchWriter, refuse_no_iterable, write
 from torchrelay.client import Relay
 from torchrelay.core import Core, Prepared
-from torchrelay.handles import AsyncBatch, AsyncJob
+from torchrelay.datasets import Source
+from torchrelay.handles import AsyncBatch, AsyncJob, AsyncRun
+from torchrelay.run_handles import async_handles
 from torchrelay.settings import Settings
+from torchrelay.training import Request, merged
 from torchrelay_storage import ids
+from torchrelay_storage.aliases import AliasMove
 from torchrelay_storage.errors import RelayError
 from torchrelay_storage.fleet import WorkerRow
 from torchrelay_storage.ids import Kind
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelRow, ModelVersion
+from torchrelay_storage.run_spec import DEFAULT_SPLIT
 from torchrelay_storage.submission import Submitted
 
 if TYPE_CHECKING:
@@ -100,7 +106,7 @@ class AsyncRelay:
         return await asyncio.wrap_future(self._core.submit(prepared))
 
     async def _forget_input(self, prepared: Prepared) -> None:
-        await self._shared.call(self._core.forget_input, prepared)
+        await self._shared.call(self._core.forget_input, prepared.job)
 
     async def submit_batch(
         self,
@@ -144,9 +150,79 @@ class AsyncRelay:
             await self._shared.call(writer.add, group)
         return AsyncBatch(self._shared, await self._shared.call(writer.close))
 
+    async def train(
+        self,
+        model: str,
+        *,
+        recipe: str,
+        dataset: Source,
+        validation: Source | None = None,
+        split: float = DEFAULT_SPLIT,
+        split_column: str | None = None,
+        stratify: bool = True,
+        seed: int = 0,
+        devices: int = 1,
+        precision: str = "fp32",
+        deterministic: bool = True,
+        checkpoint_steps: int | None = None,
+        checkpoint_minutes: float | None = 5.0,
+        keep_checkpoints: int = 2,
+        promote: str | None = None,
+        priority: int = 5,
+        key: str | None = None,
+        delay: float | None = None,
+        not_before: float | None = None,
+        expires_in: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int = 3,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str = "",
+        session: AsyncSession | async_scoped_session[Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> AsyncRun:
+        """As `Relay.train`; `session` is a SQLAlchemy AsyncSession."""
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        request = Request(
+            model, recipe, dataset, validation, split, split_column, stratify, seed, devices, precision, deterministic,
+            checkpoint_steps, checkpoint_minutes, keep_checkpoints, promote, merged(hyperparameters, more),
+        )  # fmt: skip
+        plain_session = None
+        if session is not None:
+            from torchrelay.sessions import async_session  # the ORM takes a fifth of a second to import
+
+            plain_session = async_session(session)
+        run = await self._shared.call(training.prepare, self._core, request, options, key=key, metadata=metadata)
+        if plain_session is None:
+            placed = await self._shared.call(training.place, self._core, run)
+        else:
+            placed = await plain_session.run_sync(lambda plain: training.place(self._core, run, plain))
+        return AsyncRun(self._shared, await self._shared.call(training.facts, self._core, placed))
+
+    async def run(self, id: str) -> AsyncRun:
+        """As `Relay.run`."""
+        return AsyncRun(self._shared, await self._shared.call(training.read, self._core, ids.read(Kind.JOB, id)))
+
+    async def runs(
+        self,
+        model: str | None = None,
+        state: str | Iterable[str] | None = None,
+        *,
+        limit: int = 50,
+        before: str | None = None,
+    ) -> list[AsyncRun]:
+        """As `Relay.runs`."""
+        found = await self._shared.call(training.page, self._core, model=model, state=state, limit=limit, before=before)
+        return [AsyncRun(self._shared, facts) for facts in found]
+
+    async def recipes(self) -> dict[str, dict[str, Any]]:
+        """As `Relay.recipes`."""
+        return await self._shared.call(training.recipes, self._core)
+
     async def job(self, id: str) -> AsyncJob:
         """As `Relay.job`."""
-        return AsyncJob(self._shared, await self._shared.call(self._core.job, ids.read(Kind.JOB, id)))
+        row = await self._shared.call(self._core.job, ids.read(Kind.JOB, id))
+        return (await async_handles(self._shared, [row]))[0]
 
     async def batch(self, id: str) -> AsyncBatch:
         """As `Relay.batch`."""
@@ -166,7 +242,7 @@ class AsyncRelay:
         rows = await self._shared.call(
             self._core.page, state=state, model=model, batch=batch, tenant=tenant, limit=limit, before=before
         )
-        return [AsyncJob(self._shared, row) for row in rows]
+        return await async_handles(self._shared, rows)
 
     async def batches(
         self, *, model: str | None = None, limit: int = 50, before: str | None = None
@@ -194,6 +270,26 @@ class AsyncRelay:
     ) -> ModelVersion:
         """As `Relay.register_model`."""
         return await self._shared.call(self._core.register_model, name, handler, weights, config, chunk_size)
+
+    async def versions(self, model: str) -> list[ModelVersion]:
+        """As `Relay.versions`."""
+        return await self._shared.call(training.versions, self._core, model)
+
+    async def promote(self, version: str, *, alias: str = "champion", by: str = "") -> ModelVersion:
+        """As `Relay.promote`."""
+        return await self._shared.call(training.promote, self._core, version, alias, by)
+
+    async def rollback(self, model: str, *, alias: str = "champion", by: str = "") -> ModelVersion:
+        """As `Relay.rollback`."""
+        return await self._shared.call(training.rollback, self._core, model, alias, by)
+
+    async def aliases(self, model: str) -> dict[str, int]:
+        """As `Relay.aliases`."""
+        return await self._shared.call(training.aliases, self._core, model)
+
+    async def alias_history(self, model: str, alias: str | None = None) -> list[AliasMove]:
+        """As `Relay.alias_history`."""
+        return await self._shared.call(training.alias_history, self._core, model, alias)
 
     async def pause(self, model: str) -> None:
         """As `Relay.pause`."""

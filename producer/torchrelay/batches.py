@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from torchrelay.core import check_key
+from torchrelay.checks import check_key
 from torchrelay_storage import values
 from torchrelay_storage.batch_store import BatchChunk, BatchRow
 from torchrelay_storage.errors import InvalidInput, KeyConflict

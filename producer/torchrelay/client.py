@@ -10,16 +10,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torchrelay import training
 from torchrelay.batches import BatchWriter, write
 from torchrelay.core import Core
-from torchrelay.handles import Batch, Job
+from torchrelay.datasets import Source
+from torchrelay.handles import Batch, Job, Run
+from torchrelay.run_handles import handles
 from torchrelay.settings import Settings
+from torchrelay.training import Request, merged
 from torchrelay_storage import ids
+from torchrelay_storage.aliases import AliasMove
 from torchrelay_storage.errors import RelayError
 from torchrelay_storage.fleet import WorkerRow
 from torchrelay_storage.ids import Kind
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelRow, ModelVersion
+from torchrelay_storage.run_spec import DEFAULT_SPLIT
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
@@ -83,7 +89,8 @@ class Relay:
         """Submit one job. Once this returns, the job is stored, whatever happens to Redis.
 
         Args:
-            model: a registered model, `digits` for its newest version or `digits@3`.
+            model: a registered model: `digits` for its newest version, `digits@3`, or `digits@champion` for the version
+                that this alias stands for now.
             input: JSON values, bytes (also of a PNG or JPEG), NumPy arrays, torch tensors, and dicts and lists of them.
             priority: 0 to 9, 9 the most urgent.
             key: the same key and input give the same job, in whatever state it is.
@@ -115,10 +122,10 @@ class Relay:
             else:
                 placed = self._core.submit(prepared).result()
         except RelayError:
-            self._core.forget_input(prepared)
+            self._core.forget_input(prepared.job)
             raise
         if placed.existed:
-            self._core.forget_input(prepared)
+            self._core.forget_input(prepared.job)
             return Job(self._core, self._core.job(placed.job))
         return Job(self._core, self._core.new_row(prepared, placed))
 
@@ -159,11 +166,110 @@ class Relay:
         writer = BatchWriter(self._core.ready(), model, options, key=key, metadata=metadata)
         return Batch(self._core, write(writer, inputs))
 
+    # --- train --------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        model: str,
+        *,
+        recipe: str,
+        dataset: Source,
+        validation: Source | None = None,
+        split: float = DEFAULT_SPLIT,
+        split_column: str | None = None,
+        stratify: bool = True,
+        seed: int = 0,
+        devices: int = 1,
+        precision: str = "fp32",
+        deterministic: bool = True,
+        checkpoint_steps: int | None = None,
+        checkpoint_minutes: float | None = 5.0,
+        keep_checkpoints: int = 2,
+        promote: str | None = None,
+        priority: int = 5,
+        key: str | None = None,
+        delay: float | None = None,
+        not_before: float | None = None,
+        expires_in: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int = 3,
+        metadata: Mapping[str, Any] | None = None,
+        tenant: str = "",
+        session: Session | scoped_session[Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> Run:
+        """Submit a training run. It is a job: a worker that trains runs it, and registers the model's next version.
+
+        Args:
+            model: the name under which the version is registered, such as `digits`; it may be new.
+            recipe: how it is trained, such as `tabular-classification`; `recipes` has them all.
+            dataset: a file (.csv, .tsv, .jsonl, .parquet, .npz), a folder or .zip file of pictures (CLASS/NAME.png, or
+                train/CLASS/NAME.png and validation/CLASS/NAME.png), columns (name -> array or list), or the URI of such
+                a file. What is local is uploaded; the same content is uploaded once.
+            validation: examples to validate with, in the place of a part of `dataset`.
+            split: the part of the examples that is held out for validation.
+            split_column: a column that says `train` or `validation` for each example, in the place of `split`.
+            stratify: whether each class has the same share in both parts.
+            seed: of the split, the first weights and the order of the examples.
+            devices: how many devices of one machine train together.
+            precision: `fp32`, or mixed with `bf16` or `fp16`.
+            deterministic: let the same seed on the same machine give the same weights; False may be faster.
+            checkpoint_steps, checkpoint_minutes: write a checkpoint after so many steps, or so many minutes.
+            keep_checkpoints: how many are kept.
+            promote: an alias, such as `champion`, that the version gets.
+            priority, key, delay, not_before, expires_in, max_attempts, metadata, tenant, session: as in `submit`.
+            timeout: seconds that it may run at a stretch; the last checkpoint is kept.
+            hyperparameters, more: the recipe's own, such as `epochs=5`; the dict for those that are named as an
+                argument above is.
+
+        Raises:
+            RecipeNotFound: it names the recipes that come near.
+            InvalidHyperparameter: one is unknown, missing or out of its range.
+            InvalidDataset: there is no such file, or it is none of these.
+            InvalidInput: another argument is refused. Nothing is uploaded or stored where anything is refused.
+            KeyConflict: the key belongs to another run.
+            Unreachable: the database or the object store does not answer.
+        """
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        request = Request(
+            model, recipe, dataset, validation, split, split_column, stratify, seed, devices, precision, deterministic,
+            checkpoint_steps, checkpoint_minutes, keep_checkpoints, promote, merged(hyperparameters, more),
+        )  # fmt: skip
+        plain_session = None
+        if session is not None:
+            from torchrelay.sessions import sync_session  # the ORM takes a fifth of a second to import
+
+            plain_session = sync_session(session)
+        run = training.prepare(self._core, request, options, key=key, metadata=metadata)
+        placed = training.place(self._core, run, plain_session)
+        return Run(self._core, training.facts(self._core, placed))
+
+    def run(self, id: str) -> Run:
+        """Return the training run with this id. Raises JobNotFound, also for a job of another kind."""
+        return Run(self._core, training.read(self._core, ids.read(Kind.JOB, id)))
+
+    def runs(
+        self,
+        model: str | None = None,
+        state: str | Iterable[str] | None = None,
+        *,
+        limit: int = 50,
+        before: str | None = None,
+    ) -> list[Run]:
+        """Return the newest training runs, the newest first; `model` is a name, the others are as in `jobs`."""
+        found = training.page(self._core, model=model, state=state, limit=limit, before=before)
+        return [Run(self._core, facts) for facts in found]
+
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """Return the known recipes: name -> JSON Schema of the hyperparameters."""
+        return training.recipes(self._core)
+
     # --- read ---------------------------------------------------------------------------------------------
 
     def job(self, id: str) -> Job:
-        """Return the job with this id. Raises JobNotFound."""
-        return Job(self._core, self._core.job(ids.read(Kind.JOB, id)))
+        """Return the job with this id; a training run as a Run. Raises JobNotFound."""
+        return handles(self._core, [self._core.job(ids.read(Kind.JOB, id))])[0]
 
     def batch(self, id: str) -> Batch:
         """Return the batch with this id. Raises BatchNotFound."""
@@ -183,12 +289,12 @@ class Relay:
 
         Args:
             state: one of the states, or several.
-            model, batch, tenant: which jobs.
+            model, batch, tenant: which jobs; those of a model are inferences (`runs` has those that train it).
             limit: how many at most.
             before: the id of a page's last job; the next page goes on below it.
         """
         rows = self._core.page(state=state, model=model, batch=batch, tenant=tenant, limit=limit, before=before)
-        return [Job(self._core, row) for row in rows]
+        return handles(self._core, rows)
 
     def batches(self, *, model: str | None = None, limit: int = 50, before: str | None = None) -> list[Batch]:
         """Return the newest batches, the newest first; `before` as in `jobs`."""
@@ -225,6 +331,39 @@ class Relay:
             chunk_size: how many jobs travel together; a worker that has measured the model sets it better.
         """
         return self._core.register_model(name, handler, weights, config, chunk_size)
+
+    def versions(self, model: str) -> list[ModelVersion]:
+        """Return the versions of a model, the newest first, with metrics, lineage and aliases. Raises ModelNotFound."""
+        return training.versions(self._core, model)
+
+    def promote(self, version: str, *, alias: str = "champion", by: str = "") -> ModelVersion:
+        """Let an alias stand for a version. Jobs submitted from now on as `digits@champion` are served by it.
+
+        Args:
+            version: such as `digits@3`.
+            by: who did it, for the history.
+
+        Raises:
+            ModelNotFound, InvalidInput.
+        """
+        return training.promote(self._core, version, alias, by)
+
+    def rollback(self, model: str, *, alias: str = "champion", by: str = "") -> ModelVersion:
+        """Let an alias stand again for the version that it stood for before, and return that.
+
+        Raises:
+            ModelNotFound.
+            InvalidInput: there is none before.
+        """
+        return training.rollback(self._core, model, alias, by)
+
+    def aliases(self, model: str) -> dict[str, int]:
+        """Return the aliases of a model and the number of the version that each stands for. Raises ModelNotFound."""
+        return training.aliases(self._core, model)
+
+    def alias_history(self, model: str, alias: str | None = None) -> list[AliasMove]:
+        """Return which version was live when: each move of an alias, the newest first. Raises ModelNotFound."""
+        return training.alias_history(self._core, model, alias)
 
     def pause(self, model: str) -> None:
         """Let nothing of a model be started until `resume`; submits go on, and it survives every restart."""

@@ -18,10 +18,12 @@ from typing import Any
 
 from torchrelay.announcer import Announcer, AnnouncerThread
 from torchrelay.broker import Broker, connect
+from torchrelay.checks import check_key, check_limit, read_states
 from torchrelay.completions import Completions
 from torchrelay.settings import Settings
 from torchrelay.submitter import Submitter
 from torchrelay_storage import ids, values
+from torchrelay_storage.aliases import AliasStore
 from torchrelay_storage.artifacts import Artifacts, file_sha256, job_path, load_large, model_path, store_large
 from torchrelay_storage.batch_store import BatchStore
 from torchrelay_storage.chunk_store import ChunkStore
@@ -42,6 +44,7 @@ from torchrelay_storage.job_reader import JobFilter, JobRow
 from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelRow, ModelVersion, Registry
+from torchrelay_storage.runs import RunStore
 from torchrelay_storage.settle import Moved
 from torchrelay_storage.states import JobState
 from torchrelay_storage.submission import NewJob, Submitted
@@ -50,7 +53,6 @@ from torchrelay_storage.tensors import Tensors
 log = get_logger("torchrelay.client")
 
 MODEL_SECONDS = 3.0  # for which a resolved model is used again; a newer version takes over after that
-KEY_LENGTH = 256  # characters
 FLUSH_SECONDS = 1.0  # that a closing relay waits for what it submitted to be announced
 
 
@@ -76,6 +78,8 @@ class Core:
         self.chunks = ChunkStore(self.db)
         self.batches = BatchStore(self.db)
         self.registry = Registry(self.db)
+        self.runs = RunStore(self.db)
+        self.aliases = AliasStore(self.db)
         self.fleet = Fleet(self.db)
         self.announcer = AnnouncerThread(Announcer(self.db, self.broker))
         self.submitter = Submitter(self.jobs, self.wake_many)
@@ -146,6 +150,15 @@ class Core:
         """Whether `model` would answer without asking the database."""
         found = self._models.get(ref) if isinstance(ref, str) else None
         return found is not None and time.monotonic() - found[0] < MODEL_SECONDS
+
+    def fresh_model(self, ref: str) -> ModelVersion:
+        """As `model`, asking the database anew."""
+        self.forget_models()
+        return self.model(ref)
+
+    def forget_models(self) -> None:
+        """A name or an alias stands for another version now: ask the database anew."""
+        self._models.clear()
 
     def prepare(
         self,
@@ -234,9 +247,9 @@ class Core:
             finished_at=None,
         )
 
-    def forget_input(self, prepared: Prepared) -> None:
+    def forget_input(self, job: NewJob) -> None:
         """Delete a large input's artifact after all: its job exists already, or was refused."""
-        reference = values.as_reference(prepared.job.input)
+        reference = values.as_reference(job.input)
         if reference is not None:
             with suppress(RelayError):
                 self.artifacts.delete([reference.uri])
@@ -272,10 +285,9 @@ class Core:
         before: str | None,
     ) -> list[JobRow]:
         """Return the newest jobs that pass the filters, without their outputs. Raises InvalidInput, NotFound."""
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise InvalidInput(f"limit must be a whole number above 0, not {limit!r}")
+        check_limit(limit)
         wanted = JobFilter(
-            states=_states(state),
+            states=read_states(state),
             model=self.model(model).name if model is not None else None,
             batch=ids.read(Kind.BATCH, batch) if batch is not None else None,
             tenant=tenant,
@@ -386,27 +398,6 @@ class Core:
         return self.ready().registry.register(
             name, handler, weights=uri, sha256=sha256, config=config, chunk_size=chunk_size
         )
-
-
-def check_key(key: str | None) -> None:
-    """Raise InvalidInput where a key is none."""
-    if key is None:
-        return
-    if not isinstance(key, str) or not 1 <= len(key) <= KEY_LENGTH or "\0" in key:
-        raise InvalidInput(f"a key must be a string of 1 to {KEY_LENGTH} characters without NUL, not {key!r:.80}")
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput("a key must be Unicode text; this one holds a lone surrogate") from None
-
-
-def _states(state: str | Iterable[str] | None) -> tuple[JobState, ...]:
-    if state is None:
-        return ()
-    try:
-        return tuple(JobState(word) for word in ([state] if isinstance(state, str) else state))
-    except ValueError:
-        raise InvalidInput(f"unknown state {state!r}; states are {', '.join(JobState)}") from None
 
 
 _open: weakref.WeakSet[Core] = weakref.WeakSet()

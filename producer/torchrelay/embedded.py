@@ -183,6 +183,7 @@ class Stack:
     Args:
         workers: how many worker processes to start.
         models: the names that they serve; empty for all.
+        train: whether the workers take training runs: `no`, `also` beside inference, or `only` these.
         device: as in `torchrelay worker --device`.
         torch_threads: of each worker, for one forward pass on a CPU; None: the cores, shared out among the workers.
         tell: called with what happens (from the thread that uses the stack).
@@ -193,6 +194,7 @@ class Stack:
     settings: Settings
     workers: int = 1
     models: Sequence[str] = ()
+    train: str = "also"
     device: str = "auto"
     torch_threads: int | None = None
     tell: Callable[[Happening], None] = lambda _: None
@@ -266,6 +268,7 @@ class Stack:
     def _start_worker(self, number: int) -> None:
         name = self.worker_name(number)
         command = [sys.executable, "-m", "torchrelay_worker", "--name", name, "--device", self.device]
+        command += ["--train", self.train]
         if self.models:
             command += ["--models", ",".join(self.models)]
         if (threads := self._torch_threads()) is not None:

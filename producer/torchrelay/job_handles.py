@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torchrelay_storage.errors import RelayError, WaitTimeout
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torchrelay.async_core import AsyncCore
     from torchrelay.completions import Delivery
     from torchrelay.core import Core
+
+
+LOOK_SECONDS = 0.5  # between two looks at a run whose progress is shown
 
 
 class _JobBase:
@@ -192,7 +196,8 @@ class Job(_JobBase):
         self.refresh()
         return retried
 
-    def _ended(self, timeout: float | None) -> JobRow:
+    def _ended(self, timeout: float | None, look: Callable[[], None] | None = None) -> JobRow:
+        """Wait for the end, and call `look` now and then meanwhile."""
         arrived = threading.Event()
         news: list[Delivery] = []
 
@@ -202,8 +207,12 @@ class Job(_JobBase):
 
         ticket = self._core.ready().completions.wait_for(self._row.id, self._row.chunk, deliver)
         try:
-            if not arrived.wait(timeout):
-                raise self._timeout(timeout)
+            end = None if timeout is None else time.monotonic() + timeout
+            while not arrived.wait(_next_look(end, look)):
+                if end is not None and time.monotonic() >= end:
+                    raise self._timeout(timeout)
+                if look is not None:
+                    look()
         finally:
             self._core.completions.drop(ticket)
         return _opened(news[0])
@@ -252,7 +261,7 @@ class AsyncJob(_JobBase):
         """`await job` is `await job.result()`."""
         return self.result().__await__()
 
-    async def _ended(self, timeout: float | None) -> JobRow:
+    async def _ended(self, timeout: float | None, look: Callable[[], Awaitable[None]] | None = None) -> JobRow:
         loop = asyncio.get_running_loop()
         arrived: asyncio.Future[Delivery] = loop.create_future()
 
@@ -264,12 +273,22 @@ class AsyncJob(_JobBase):
         ticket = self._core.completions.wait_for(self._row.id, self._row.chunk, deliver)
         try:
             async with asyncio.timeout(timeout):
+                while look is not None and not (await asyncio.wait([arrived], timeout=LOOK_SECONDS))[0]:
+                    await look()
                 news = await arrived
         except TimeoutError:
             raise self._timeout(timeout) from None
         finally:
             self._core.completions.drop(ticket)
         return _opened(news)
+
+
+def _next_look(end: float | None, look: Callable[[], None] | None) -> float | None:
+    """Seconds until there is something to do without news; None: never."""
+    left = None if end is None else max(end - time.monotonic(), 0.0)
+    if look is None:
+        return left
+    return LOOK_SECONDS if left is None else min(left, LOOK_SECONDS)
 
 
 def _opened(news: Delivery) -> JobRow:

@@ -6,6 +6,7 @@ Not here: what is stored (`JobStore.submit`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, event
@@ -30,13 +31,24 @@ def submit_in(core: Core, session: Session, prepared: Prepared) -> Submitted:
         InvalidInput: the session is not on torchrelay's database.
         KeyConflict: the key belongs to another input; the session's transaction goes on.
     """
+
+    def store(connection: Connection) -> Submitted | KeyConflict:
+        [[placed]] = core.jobs.submit([Submission(prepared.version, prepared.options, [prepared.job])], connection)
+        return placed
+
+    return store_in(core, session, prepared.version.name, store)
+
+
+def store_in(
+    core: Core, session: Session, model: str, store: Callable[[Connection], Submitted | KeyConflict]
+) -> Submitted:
+    """Store through the session's connection, and announce the model when that commits. Raises as `submit_in`."""
     core.ready()
     connection = session.connection()
     _check_same(core, connection)
     _begin(connection)
-    submission = Submission(prepared.version, prepared.options, [prepared.job])
     try:
-        [[placed]] = core.jobs.submit([submission], connection)
+        placed = store(connection)
     except DBAPIError as error:
         if "no such table" in str(error.orig) or "does not exist" in str(error.orig):
             raise InvalidInput(
@@ -46,7 +58,7 @@ def submit_in(core: Core, session: Session, prepared: Prepared) -> Submitted:
         raise
     if isinstance(placed, KeyConflict):
         raise placed
-    _announce_at_commit(core, session, prepared.version.name)
+    _announce_at_commit(core, session, model)
     return placed
 
 

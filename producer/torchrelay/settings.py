@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     heartbeat: Seconds = 2.0  # seconds between two beats
     stale_after: Seconds = 10.0  # seconds without a beat after which a worker counts as gone
 
+    # Training.
+    recipes: dict[str, str] = Field(default_factory=dict)  # name -> "module:Class", beside the entry points
+    datasets: list[str] = Field(default_factory=list)  # URLs beside the artifact store that runs may read, and below
+
     # The road.
     window: Seconds = 2.0  # seconds of work of a model that are in Redis at a time
     announce_again: Seconds = 30.0  # seconds after which an announced chunk that nobody claimed is announced anew
@@ -102,6 +106,17 @@ class Settings(BaseSettings):
         if url and urlsplit(url).scheme not in ("redis", "rediss", "redis+socket"):
             raise ValueError("it must begin with redis://, rediss:// or redis+socket://")
         return url
+
+    @field_validator("datasets")
+    @classmethod
+    def _are_stores(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            parts = urlsplit(url)
+            is_folder = parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/")
+            is_bucket = parts.scheme == "s3" and bool(parts.netloc)
+            if not (is_folder or is_bucket) or parts.query or parts.fragment:
+                raise ValueError("each must be file:///a/folder, s3://bucket or s3://bucket/prefix")
+        return urls
 
     @model_validator(mode="after")
     def _beats_before_stale(self) -> Settings:

@@ -6,8 +6,10 @@ Not here: tests of a model (`torchrelay models check` runs one).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sqlite3
+import struct
 import tempfile
 import threading
 import traceback
@@ -24,23 +26,30 @@ from torchrelay.client import Relay
 from torchrelay.completions import Completions, Delivery, JobWait
 from torchrelay.core import Core, Prepared
 from torchrelay.handles import Job
+from torchrelay.recipes import READY
 from torchrelay.settings import Settings
 from torchrelay_storage import values
-from torchrelay_storage.artifacts import job_path, store_large
+from torchrelay_storage.artifacts import job_path, model_path, store_large
 from torchrelay_storage.chunk_store import Claimed, ClaimedJob
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, KeyConflict, WaitTimeout
 from torchrelay_storage.ids import Kind, show
-from torchrelay_storage.job_reader import JobFilter, JobRow
+from torchrelay_storage.job_reader import JobError, JobFilter, JobRow
 from torchrelay_storage.job_store import Outcome
+from torchrelay_storage.run_spec import RunSpec, read_spec
+from torchrelay_storage.run_writer import NewVersion, Point, Progress, RunHold, RunWriter
 from torchrelay_storage.states import TERMINAL, End
 from torchrelay_storage.submission import Submission, Submitted
 
 Handler = Callable[[Any], Any]  # one input, decoded -> one output: JSON, bytes, array or tensor
+Trainer = Callable[[RunSpec], Mapping[str, float]]  # what a run is asked to do -> the metrics of what it trained
+
+_NO_WEIGHTS = struct.pack("<Q", 2) + b"{}"  # a safetensors file without tensors
 
 _NOT_RUN = (
     "{0} has not ended, and nothing else will run in an InlineRelay: it is paused (`resume` it), its time has not come "
-    "(`relay.advance(seconds)` moves the clock), or its model has no function (`relay.add_model`)"
+    "(`relay.advance(seconds)` moves the clock), or its model or recipe has no function (`relay.add_model`, "
+    "`relay.add_recipe`)"
 )
 
 
@@ -53,7 +62,15 @@ class _Inline:
         """Register a model that is a plain function: one input -> one output. What it raises fails the job."""
         self._core.add_model(name, handler)
 
-    def run(self) -> int:
+    def add_recipe(self, name: str, train: Trainer) -> None:
+        """Let a plain function do the runs of a recipe: a run's spec -> its metrics. What it raises fails the run.
+
+        Each run registers a version of its model, which `add_model` gives a function to serve it with. A ready recipe
+        keeps its checks; one of another name takes any hyperparameters.
+        """
+        self._core.add_recipe(name, train)
+
+    def run_due(self) -> int:
         """Run what is due and was not run at its submit; return how many jobs that were."""
         return self._core.run()
 
@@ -69,7 +86,8 @@ class InlineRelay(_Inline, Relay):
         models: name -> function of one input (decoded) that returns one output.
 
     A job runs at its submit, in the thread that submits; one that fails is tried again at once, up to `max_attempts`
-    times, unless it raised InvalidInput. A wait for a job that nothing will run raises WaitTimeout at once.
+    times, unless it raised InvalidInput. So does a training run whose recipe has a function (`add_recipe`); without one
+    it stays queued. A wait for a job that nothing will run raises WaitTimeout at once.
     """
 
     _core: InlineCore
@@ -143,7 +161,8 @@ class InlineCore(Core):
         self.completions.close()
         self.completions = _InlineCompletions(self)
         self._handlers: dict[str, Handler] = {}
-        self._numbers: dict[int, str] = {}
+        self._numbers: dict[int, str] = {}  # of models -> their names
+        self._trainers: dict[int, Trainer] = {}  # by the lane's number
         self._lock = threading.RLock()
         self._running = False
         self._worker = self.fleet.register("inline", host="", pid=os.getpid(), device="none").id
@@ -187,8 +206,15 @@ class InlineCore(Core):
     def add_model(self, name: str, handler: Handler) -> None:
         """Register a function as a model."""
         self._handlers[name] = handler
-        if not any(row.newest.name == name for row in self.models()):
-            self._numbers[self.register_model(name, "inline", None, None, None).model] = name
+        there = [row.newest for row in self.models() if row.newest.name == name]
+        version = there[0] if there else self.register_model(name, "inline", None, None, None)
+        self._numbers[version.model] = name
+        self.run()
+
+    def add_recipe(self, name: str, train: Trainer) -> None:
+        """Register a function as a recipe."""
+        schema = READY[name].model_json_schema() if name in READY else {"type": "object"}
+        self._trainers[self.registry.lane(name, schema).model] = train
         self.run()
 
     def run(self) -> int:
@@ -204,8 +230,11 @@ class InlineCore(Core):
 
     def _run(self) -> int:
         count = 0
-        while claims := self.chunks.claim_next(list(self._numbers), self._worker, 1):
+        while claims := self.chunks.claim_next([*self._numbers, *self._trainers], self._worker, 1):
             for claim in claims:
+                if claim.model in self._trainers:
+                    count += sum(self._train(claim, job) for job in claim.jobs)
+                    continue
                 outcomes = [self._outcome(claim, job) for job in claim.jobs]
                 finished = self.jobs.finish(outcomes, self._worker)
                 count += finished.recorded
@@ -221,6 +250,30 @@ class InlineCore(Core):
             return Outcome(job.id, claim.chunk, claim.token, End.FAILED if last else End.OPEN, error=told)
         stored = store_large(self.artifacts, output, job_path(job.id, "output"), self.settings.inline_limit)
         return Outcome(job.id, claim.chunk, claim.token, End.SUCCEEDED, output=stored)
+
+    def _train(self, claim: Claimed, job: ClaimedJob) -> bool:
+        writer = RunWriter(self.db, RunHold(job.id, claim.chunk, claim.token, self._worker))
+        try:
+            spec = read_spec(self.decode(job.input))
+            epochs = spec.hyperparameters.get("epochs", 1)
+            writer.start(split={}, dataset_sha256=spec.dataset.sha256 or "", steps=epochs, epochs=epochs)
+            metrics = {name: float(value) for name, value in self._trainers[claim.model](spec).items()}
+            points = [Point(name, epochs, epochs, value) for name, value in metrics.items()]
+            writer.report(Progress("done", epochs, epochs, epochs, epochs), points)
+            uri = self.artifacts.put(model_path(spec.model, show(Kind.JOB, job.id), "weights.safetensors"), _NO_WEIGHTS)
+            lineage = {"run": show(Kind.JOB, job.id), "recipe": spec.recipe, "dataset_sha256": spec.dataset.sha256,
+                       "hyperparameters": spec.hyperparameters, "seed": spec.seed}  # fmt: skip
+            sha256 = hashlib.sha256(_NO_WEIGHTS).hexdigest()
+            new = NewVersion("inline", uri, sha256, metrics=metrics, lineage=lineage, promote=spec.promote)
+            told = {"metrics": metrics, "steps": epochs, "epochs": epochs, "best_step": epochs, "tensorboard": None}
+            done = writer.complete(new, lambda version: values.encode({"model": version.ref, **told})) is not None
+        except Exception as error:
+            last = isinstance(error, InvalidInput)
+            text = "".join(traceback.format_exception(error))
+            writer.fail(JobError(type(error).__name__, str(error), text), retry_in=None if last else 0.0)
+            return True
+        self.forget_models()
+        return done
 
     def advance(self, seconds: float) -> int:
         """Move the clock."""

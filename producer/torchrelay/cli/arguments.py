@@ -29,8 +29,40 @@ def complete_model(incomplete: str) -> list[str]:
         return []
 
 
-Model = Annotated[str, typer.Argument(help="Name of a model, or name@version.", autocompletion=complete_model)]
-Id = Annotated[str, typer.Argument(help="Id of a job (j_…) or a batch (b_…).", metavar="ID")]
+def complete_version(incomplete: str) -> list[str]:
+    """Return names, and behind an @ the aliases and numbers of that model's versions."""
+    from torchrelay_storage.registry import Registry
+
+    name, at, _ = incomplete.partition("@")
+    if not at:
+        return complete_model(incomplete)
+    try:
+        with Session().database() as database:
+            versions = Registry(database).versions(name)
+    except RelayError:
+        return []
+    refs = [*(f"{name}@{alias}" for v in versions for alias in v.aliases), *(v.ref for v in versions)]
+    return [ref for ref in refs if ref.startswith(incomplete)]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the names of recipes that begin so: the ready ones, and those that workers have published."""
+    from torchrelay.recipes import READY
+    from torchrelay_storage.registry import Registry
+
+    names = set(READY)
+    try:
+        with Session().database() as database:
+            names |= {lane.handler for lane in Registry(database).lanes()}
+    except RelayError:
+        pass
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+Model = Annotated[
+    str, typer.Argument(help="Name of a model, name@version or name@alias.", autocompletion=complete_version)
+]
+Id = Annotated[str, typer.Argument(help="Id of a job or training run (j_…), or of a batch (b_…).", metavar="ID")]
 
 # The options of a job, shared by submit and batch.
 Priority = Annotated[int, typer.Option("--priority", "-p", help="0 to 9, 9 the most urgent.")]

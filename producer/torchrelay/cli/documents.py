@@ -1,8 +1,11 @@
-"""Jobs, batches and models as JSON documents and as tables. Reads rows; asks nothing itself."""
+"""Jobs, batches and models as JSON documents and as tables. Reads rows; asks nothing itself.
+
+Not here: training runs (`run_documents`), and versions side by side (`versions`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -22,8 +25,10 @@ def job_document(row: JobRow) -> dict[str, Any]:
     """Return a job as JSON shows it. Times are ISO 8601 in UTC; its result is a command of its own."""
     return {
         "id": show(Kind.JOB, row.id),
+        "kind": kind_word(row),
         "state": row.state.value,
-        "model": f"{row.model}@{row.version}",
+        "model": model_of(row),
+        **({"recipe": recipe_of(row), "version": row.trained} if row.trains is not None else {}),
         "batch": _batch_id(row.batch),
         "priority": row.priority,
         "failures": row.failures,
@@ -43,13 +48,30 @@ def job_document(row: JobRow) -> dict[str, Any]:
     }
 
 
+def model_of(row: JobRow) -> str:
+    """Return the version that runs a job; of a training run the model's name, with the version that it registered."""
+    if row.trains is None:
+        return f"{row.model}@{row.version}"
+    return row.trains if row.trained is None else f"{row.trains}@{row.trained}"
+
+
+def kind_word(row: JobRow) -> str:
+    """Return `inference` or `training`."""
+    return "inference" if row.trains is None else "training"
+
+
+def recipe_of(row: JobRow) -> str:
+    """Return the recipe of a training run: the name of the lane that it is in has it."""
+    return row.model.partition(":")[2]
+
+
 def job_facts(row: JobRow) -> Table:
     """Return everything about one job."""
     took = row.finished_at - row.created_at if row.finished_at is not None else None
     return facts([
         ("job", show(Kind.JOB, row.id)),
         ("state", row.state.value),
-        ("model", f"{row.model}@{row.version}"),
+        ("model", model_of(row)),
         ("batch", _batch_id(row.batch)),
         ("priority", row.priority),
         ("failures", f"{row.failures} of {row.max_attempts} attempts" if row.failures else None),
@@ -69,15 +91,17 @@ def job_facts(row: JobRow) -> Table:
 
 def jobs_table(rows: Sequence[JobRow], now: float) -> Table:
     """Return jobs as a table. `now` is seconds since 1970 on the database's clock."""
-    columns = ["id", "state", "model", "priority", "age", "took", "batch", "error"]
+    columns = ["id", "state", "model", "kind", "priority", "age", "took", "batch", "error"]
     cells = [
-        [show(Kind.JOB, row.id), row.state.value, f"{row.model}@{row.version}", row.priority,
+        [show(Kind.JOB, row.id), row.state.value, model_of(row), kind_word(row), row.priority,
          span(now - row.created_at),
          span(row.finished_at - row.created_at) if row.finished_at is not None else None,
          _batch_id(row.batch), short(f"{row.error.type}: {row.error.message}", 48) if row.error else None]
         for row in rows
     ]  # fmt: skip
     used = [i for i, name in enumerate(columns) if name not in ("batch", "error") or any(c[i] for c in cells)]
+    if all(row.trains is None for row in rows):
+        used.remove(columns.index("kind"))
     return table([columns[i] for i in used], ([c[i] for i in used] for c in cells), numbers=("priority", "age", "took"))
 
 
@@ -159,11 +183,35 @@ def serving(models: Sequence[ModelRow], alive: Sequence[WorkerRow]) -> dict[str,
     return {m.newest.name: [w.name for w in alive if w.models is None or m.newest.name in w.models] for m in models}
 
 
+def models_table(models: Sequence[ModelRow], served: Mapping[str, Sequence[str]]) -> Table:
+    """Return models as a table; what their newest versions measured has a column where one of them has it."""
+    names = main_metrics([m.newest for m in models])
+    rows = [
+        [m.newest.ref, m.newest.handler, ", ".join(m.newest.aliases), "paused" if m.newest.paused else "",
+         *(f"{m.newest.metrics[name]:.4g}" if name in m.newest.metrics else "" for name in names),
+         m.waiting, m.running, len(served[m.newest.name]), m.versions]
+        for m in models
+    ]  # fmt: skip
+    columns = ["model", "handler", "aliases", "", *names, "waiting", "running", "workers", "versions"]
+    if not any(m.newest.aliases for m in models):
+        columns.pop(2)
+        rows = [[*row[:2], *row[3:]] for row in rows]
+    return table(columns, rows, numbers=(*names, "waiting", "running", "workers", "versions"))
+
+
+def main_metrics(versions: Iterable[ModelVersion], most: int = 3) -> list[str]:
+    """Return the metrics that say how good these versions are: scores first, then the validation loss."""
+    there = {name for version in versions for name in version.metrics} - {"train_loss", "learning_rate"}
+    return sorted(there, key=lambda name: (name.endswith("loss"), name))[:most]
+
+
 def version_document(version: ModelVersion) -> dict[str, Any]:
     """Return a version of a model as JSON shows it."""
     return {
         "name": version.name, "version": version.version, "ref": version.ref, "handler": version.handler,
-        "weights": version.weights, "sha256": version.sha256, "config": dict(version.config),
+        "aliases": list(version.aliases), "weights": version.weights, "sha256": version.sha256,
+        "config": dict(version.config), "metrics": dict(version.metrics), "lineage": dict(version.lineage),
+        "run": show(Kind.JOB, version.run) if version.run is not None else None,
         "paused": version.paused, "created_at": moment(version.created_at),
     }  # fmt: skip
 

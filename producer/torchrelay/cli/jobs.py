@@ -1,4 +1,4 @@
-"""Commands about jobs, and about batches by their ids: submit, status, list, cancel, retry."""
+"""Commands about jobs, and about runs and batches by their ids: submit, status, list, cancel, retry."""
 
 from __future__ import annotations
 
@@ -104,13 +104,17 @@ def submit(
 
 
 def status(ctx: typer.Context, id_: Id, _json: Json = False) -> None:
-    """Show one job or batch."""
+    """Show one job, training run or batch."""
     from torchrelay.cli import documents
+    from torchrelay.cli.runs import show_run
 
     session = Session.of(ctx)
     with session.core() as core:
         if kind_of(id_) is Kind.JOB:
             row = core.job(ids.read(Kind.JOB, id_), with_output=False)
+            if row.trains is not None:
+                show_run(session, core, id_)
+                return
             session.screen.show(documents.job_document(row), documents.job_facts(row))
         else:
             number = ids.read(Kind.BATCH, id_)
@@ -130,12 +134,19 @@ def list_(
         str | None, typer.Option(help="The last id of the page before: show what is older.", metavar="ID")
     ] = None,
     batches: Annotated[bool, typer.Option("--batches", help="List batches instead (with --model).")] = False,
+    runs: Annotated[bool, typer.Option("--runs", help="List training runs instead (with --model, --state).")] = False,
     _json: Json = False,
 ) -> None:
-    """List jobs, the newest first; with --batches, batches."""
+    """List jobs, the newest first; with --batches, batches; with --runs, training runs."""
     from torchrelay.cli import documents
+    from torchrelay.cli.runs import list_runs
 
     session = Session.of(ctx)
+    if runs:
+        if batch or tenant or batches:
+            raise InvalidInput("--runs goes with --model, --state, --limit and --before")
+        list_runs(session, model, state or [], limit, before)
+        return
     if batches:
         if state or batch or tenant:
             raise InvalidInput("--batches goes with --model, --limit and --before")
@@ -180,7 +191,11 @@ def cancel(
     which: Annotated[list[str], typer.Argument(help="Ids of jobs or batches.", metavar="ID…")],
     _json: Json = False,
 ) -> None:
-    """Cancel jobs, or all open jobs of batches. What runs goes on to its end, and its result is dropped."""
+    """Cancel jobs, or all open jobs of batches.
+
+    A job that runs goes on to its end, and its result is dropped. A training run ends within seconds; its last
+    checkpoint is kept, and `retry` goes on from there.
+    """
     session = Session.of(ctx)
 
     with session.core() as core:

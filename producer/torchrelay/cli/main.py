@@ -15,7 +15,7 @@ import structlog
 import typer
 from typer.core import TyperGroup
 
-from torchrelay.cli import batches, db, jobs, models, results, stack, watch
+from torchrelay.cli import batches, db, jobs, models, results, runs, stack, train, watch
 from torchrelay.cli.output import ExitCode, exit_code, to_json
 from torchrelay.cli.session import Json, Session
 from torchrelay_storage.errors import RelayError
@@ -59,7 +59,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="torchrelay",
     cls=Commands,
-    help="A durable queue for PyTorch inference. Start with `torchrelay demo`.",
+    help="A durable queue for PyTorch inference and training. Start with `torchrelay demo`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -85,7 +85,7 @@ def options(
     _json: Json = False,
     _version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    """A durable queue for PyTorch inference. Start with `torchrelay demo`."""
+    """A durable queue for PyTorch inference and training. Start with `torchrelay demo`."""
     session = Session.of(ctx)
     session.arguments |= {"home": home, "database": database, "broker": broker, "artifacts": artifacts}
     # What a user should know, the commands say in words of their own.
@@ -111,6 +111,8 @@ jobs.add(app)
 results.add(app)
 batches.add(app)
 watch.add(app)
+train.add(app)
+runs.add(app)
 models.add(app)
 stack.add_last(app)
 db.add(app)

@@ -1,4 +1,7 @@
-"""Commands about models: list, register, check, pause, resume. Not here: what a handler does (the worker's side)."""
+"""Commands about models: list, register, check, pause, resume.
+
+Not here: their versions and aliases (`versions`), and what a handler does (the worker's side).
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from torchrelay.cli import versions
 from torchrelay.cli.arguments import Model, complete_model
-from torchrelay.cli.output import ExitCode, table
-from torchrelay.cli.session import Json, Session
+from torchrelay.cli.output import ExitCode
+from torchrelay.cli.session import Json, Session, core_of
 from torchrelay.cli.stack import need_torch
 from torchrelay_storage.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from torchrelay.core import Core
+    from torchrelay.client import Relay
 
-group = typer.Typer(invoke_without_command=True, help="The registered models; register and check add and try one.")
+group = typer.Typer(
+    invoke_without_command=True,
+    help="The registered models; register and check add and try one, promote moves an alias.",
+)
 
 
 def add(app: typer.Typer) -> None:
     """Add the commands."""
+    versions.add(group)
     app.add_typer(group, name="models", rich_help_panel="Models")
     app.command(rich_help_panel="Models")(pause)
     app.command(rich_help_panel="Models")(resume)
@@ -34,7 +42,7 @@ def models(ctx: typer.Context, _json: Json = False) -> None:
     """List the registered models with what waits, what runs, and who serves them."""
     if ctx.invoked_subcommand is not None:
         return
-    from torchrelay.cli.documents import model_document, serving
+    from torchrelay.cli.documents import model_document, models_table, serving
     from torchrelay_storage.fleet import Fleet
     from torchrelay_storage.registry import Registry
 
@@ -43,16 +51,8 @@ def models(ctx: typer.Context, _json: Json = False) -> None:
         found = Registry(database).models()
         alive = [w for w in Fleet(database).workers(session.settings.stale_after) if w.alive]
     served = serving(found, alive)
-    rows = [
-        (m.newest.ref, m.newest.handler, "paused" if m.newest.paused else "", m.waiting, m.running,
-         len(served[m.newest.name]), m.versions)
-        for m in found
-    ]  # fmt: skip
-    columns = ("model", "handler", "", "waiting", "running", "workers", "versions")
     if found or session.as_json:
-        session.screen.show(
-            [model_document(m, served[m.newest.name]) for m in found], table(columns, rows, numbers=columns[3:])
-        )
+        session.screen.show([model_document(m, served[m.newest.name]) for m in found], models_table(found, served))
     else:
         session.screen.note("no model is registered; `torchrelay models register` adds one, `torchrelay demo` too")
 
@@ -115,16 +115,23 @@ def check(
 
 def pause(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(help="Name of a model, or id of a batch.", autocompletion=complete_model)],
+    what: Annotated[
+        str, typer.Argument(help="Name of a model, or id of a training run or a batch.", autocompletion=complete_model)
+    ],
     _json: Json = False,
 ) -> None:
-    """Let nothing of a model or batch be started until it is resumed. Submits go on; what runs, ends."""
+    """Let nothing of a model or batch be started until it is resumed. Submits go on; what runs, ends.
+
+    A training run that is under way writes a checkpoint and gives its device free; resume lets it go on from there.
+    """
     _set_paused(ctx, what, paused=True)
 
 
 def resume(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(help="Name of a model, or id of a batch.", autocompletion=complete_model)],
+    what: Annotated[
+        str, typer.Argument(help="Name of a model, or id of a training run or a batch.", autocompletion=complete_model)
+    ],
     _json: Json = False,
 ) -> None:
     """End a pause."""
@@ -133,16 +140,24 @@ def resume(
 
 def _set_paused(ctx: typer.Context, what: str, *, paused: bool) -> None:
     session = Session.of(ctx)
-    with session.core() as core:
-        kind = _pause(core, what, paused=paused)
+    with session.relay() as relay:
+        kind = _pause(relay, what, paused=paused)
     word = "paused" if paused else "resumed"
     session.screen.show({kind: what, "paused": paused}, f"{kind} {what} is {word}")
 
 
-def _pause(core: Core, what: str, *, paused: bool) -> str:
+def _pause(relay: Relay, what: str, *, paused: bool) -> str:
+    from torchrelay.cli.runs import find_run
     from torchrelay_storage import ids
 
-    if what[:2].lower() != "b_":  # no name of a model looks like the id of a batch that exists
+    core, head = core_of(relay), what[:2].lower()  # no name of a model looks like the id of something that exists
+    if head == "j_":
+        find_run(core, what)
+        run = relay.run(what)
+        if not (run.pause() if paused else run.resume()):
+            raise InvalidInput(f"run {what} has ended; there is nothing to {'pause' if paused else 'resume'}")
+        return "run"
+    if head != "b_":
         core.pause(what) if paused else core.resume(what)
         return "model"
     number = ids.read(ids.Kind.BATCH, what)

@@ -79,6 +79,7 @@ PIPE_WIDTH = 500  # columns
 STATE_STYLES = {
     "scheduled": "cyan", "queued": "blue", "running": "yellow", "retrying": "magenta",
     "succeeded": "green", "failed": "red", "cancelled": "dim", "expired": "dim red",
+    "pausing": "cyan", "paused": "cyan",
 }  # fmt: skip
 
 

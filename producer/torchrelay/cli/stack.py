@@ -6,7 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event
 from types import FrameType
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchrelay.cli.output import Screen, facts, moment, short, span, table
-from torchrelay.cli.session import Json, Session
+from torchrelay.cli.session import Json, Session, core_of
 from torchrelay.settings import safe_url
 from torchrelay_storage.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from torchrelay.client import Relay
     from torchrelay.doctor import Finding
     from torchrelay.embedded import Happening
+    from torchrelay.handles import Run
     from torchrelay_storage.fleet import WorkerRow
 
 START, RUN = "Start here", "Run and operate"
@@ -52,6 +54,7 @@ def up(
     *,
     workers: Annotated[int, typer.Option("--workers", "-w", min=0, max=64, help="Worker processes to start.")] = 1,
     models: Annotated[str | None, typer.Option(help="Names of the models to serve, with commas; default all.")] = None,
+    train: Annotated[str, typer.Option(help="Training runs: also (beside inference), only, or no.")] = "also",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     torch_threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of one forward pass on a CPU; default: the cores, shared out.")
@@ -72,8 +75,12 @@ def up(
         else:
             screen.line(_words(happening))
 
+    if train not in ("also", "only", "no"):
+        raise InvalidInput(f"--train must be also, only or no, not {train!r}")
     names = [name.strip() for name in (models or "").split(",") if name.strip()]
-    stack = Stack(settings, workers=workers, models=names, device=device, torch_threads=torch_threads, tell=tell)
+    stack = Stack(
+        settings, workers=workers, models=names, train=train, device=device, torch_threads=torch_threads, tell=tell
+    )
     with stop_signals() as stop, stack:
         stack.wait_ready(until=stop)
         ready = {
@@ -129,7 +136,7 @@ def stop_signals() -> Iterator[Event]:
 
 
 def worker(ctx: typer.Context) -> None:
-    """Run one worker on one device: --models a,b --device auto --name NAME … (its own --help has all)."""
+    """Run one worker on one device: --models a,b --train also --device auto … (its own --help has all)."""
     if not {"-h", "--help"} & set(ctx.args):
         need_torch()
     environment = os.environ | Session.of(ctx).settings.as_environment()
@@ -221,20 +228,21 @@ def _finding_document(finding: Finding) -> dict[str, Any]:
 
 
 def demo(ctx: typer.Context, _json: Json = False) -> None:
-    """See it work: train a small net on real digits, serve it, and classify 1,797 pictures through the queue."""
+    """See it work: train a small net on real digits as a job, and classify 1,797 pictures with it through the queue."""
     from torchrelay import demo as show
 
     session = Session.of(ctx)
     screen = session.screen
     need_torch()
     settings = show.embedded_settings(session.settings)
-    with screen.progress("pictures", None) as bar:
-        report = show.run(settings, note=screen.note, progress=bar.at)
+    with training_bar(screen) as training, screen.progress("pictures", None) as bar:
+        report = show.run(settings, note=screen.note, training=training, progress=bar.at)
     counts = report.counts
     screen.show(
         report.document(),
         "",
         facts([
+            ("model", f"{report.model}, trained by {report.run}"),
             ("jobs", ", ".join(f"{n:,} {state}" for state, n in counts.items() if n) or "none"),
             ("accuracy", f"{report.accuracy:.1%} on the {report.held_out} pictures that it was not trained on"),
             ("speed", f"{report.jobs_per_second:,.0f} jobs/s, {span(report.seconds)} from submit to last result"),
@@ -243,3 +251,33 @@ def demo(ctx: typer.Context, _json: Json = False) -> None:
         ]),
     )  # fmt: skip
     raise typer.Exit(0 if report.succeeded else 1)
+
+
+@contextmanager
+def training_bar(screen: Screen) -> Iterator[Callable[[Relay, Run], None]]:
+    """Yield what shows how far a run is, on standard error; its last view stays. Silent as `Screen.progress` is."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from torchrelay.cli.watch_runs import OneRun
+    from torchrelay_storage import ids
+
+    if screen.as_json or not sys.stderr.isatty():
+        yield lambda relay, run: None
+        return
+    looks: dict[str, OneRun] = {}
+    live = Live(console=Console(stderr=True, highlight=False), auto_refresh=False)
+
+    def show(relay: Relay, run: Run) -> None:
+        if run.id not in looks:
+            looks[run.id] = OneRun(core_of(relay), ids.read(ids.Kind.JOB, run.id))
+            live.start()
+        view = looks[run.id]()
+        live.update(view.table, refresh=True)
+        if view.ended:
+            live.stop()
+
+    try:
+        yield show
+    finally:
+        live.stop()

@@ -1,20 +1,18 @@
-"""`torchrelay watch`: a table that keeps itself up to date; without a terminal a line for each change; JSON lines."""
+"""`torchrelay watch`: what is seen of a job, a batch, everything. Not here: runs (`watch_runs`), screens (`live`)."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.live import Live
 from rich.text import Text
 
 from torchrelay.cli.arguments import kind_of
-from torchrelay.cli.output import ExitCode, Screen, table
+from torchrelay.cli.live import View, follow
+from torchrelay.cli.output import ExitCode, table
 from torchrelay.cli.session import Json, Session
 from torchrelay_storage import ids
 from torchrelay_storage.ids import Kind
@@ -25,17 +23,7 @@ if TYPE_CHECKING:
     from torchrelay.core import Core
 
 JOBS = 12  # the newest, in the view of everything
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What is seen at a moment: as JSON, as a line, as a table; and whether that was the end, with which exit code."""
-
-    document: dict[str, Any]
-    line: str
-    table: Any
-    ended: bool = False
-    code: int = ExitCode.DONE
+OPEN = tuple(state for state in JobState if state not in TERMINAL)
 
 
 def add(app: typer.Typer) -> None:
@@ -45,48 +33,37 @@ def add(app: typer.Typer) -> None:
 
 def watch(
     ctx: typer.Context,
-    id_: Annotated[str | None, typer.Argument(help="A job or a batch; without it, everything.", metavar="[ID]")] = None,
+    id_: Annotated[
+        str | None, typer.Argument(help="A job, a run or a batch; without it, everything.", metavar="[ID]")
+    ] = None,
     every: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 1.0,
     _json: Json = False,
 ) -> None:
-    """Watch a job or a batch until it ends, or everything until Ctrl-C."""
+    """Watch a job, a training run or a batch until it ends, or everything until Ctrl-C."""
     session = Session.of(ctx)
     with session.core() as core:
         look: Callable[[], View]
         if id_ is None:
             look = Everything(core)
         elif kind_of(id_) is Kind.JOB:
-            look = OneJob(core, ids.read(Kind.JOB, id_))
+            look = look_at(core, ids.read(Kind.JOB, id_))
         else:
             look = OneBatch(core, ids.read(Kind.BATCH, id_))
-        code = follow(session.screen, look, every)
+        code = follow(session.screen, look, every).code
     raise typer.Exit(code)
 
 
-def follow(screen: Screen, look: Callable[[], View], every: float) -> int:
-    """Show one view after the other until the end; return its exit code."""
-    view = look()
-    if screen.as_json or not sys.stdout.isatty():
-        shown: object = None
-        while True:
-            # The age of things is no news.
-            if (seen := view.document if screen.as_json else view.line) != shown:
-                screen.document(view.document) if screen.as_json else screen.line(view.line)
-                shown = seen
-            if view.ended:
-                return view.code
-            time.sleep(every)
-            view = look()
-    with Live(view.table, console=screen.out, auto_refresh=False) as live:
-        while not view.ended:
-            time.sleep(every)
-            view = look()
-            live.update(view.table, refresh=True)
-    return view.code
+def look_at(core: Core, job: int) -> Callable[[], View]:
+    """Return what looks at a job, or at a training run. Raises JobNotFound."""
+    if core.job(job, with_output=False).trains is None:
+        return OneJob(core, job)
+    from torchrelay.cli.watch_runs import OneRun
+
+    return OneRun(core, job)
 
 
 class OneJob:
-    """Looks at a job."""
+    """Looks at a job of inference."""
 
     def __init__(self, core: Core, job: int) -> None:
         self._core = core
@@ -134,7 +111,7 @@ class OneBatch:
 
 
 class Everything:
-    """Looks at the models, the workers and the newest jobs."""
+    """Looks at the models, the workers, the runs under way and the newest jobs."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -142,16 +119,21 @@ class Everything:
     def __call__(self) -> View:
         """Look."""
         from torchrelay.cli.documents import job_document, jobs_table, model_document, serving
+        from torchrelay.cli.run_documents import run_document, runs_table
 
         core = self._core
         models, alive = core.models(), [w for w in core.workers() if w.alive]
         rows, now = core.jobs.page(JobFilter(), limit=JOBS), core.db.now()
         names = serving(models, alive)
         waiting, running = sum(m.waiting for m in models), sum(m.running for m in models)
+        runs = core.runs.page(states=OPEN, limit=JOBS)
         line = f"{waiting:,} waiting, {running:,} running, {len(alive)} workers"
+        if runs:
+            line += f", {len(runs)} training runs under way"
         document = {
             "waiting": waiting, "running": running, "workers": [w.name for w in alive],
             "models": [model_document(m, names[m.newest.name]) for m in models],
+            "runs": [run_document(run, job) for run, job in runs],
             "jobs": [job_document(row) for row in rows],
         }  # fmt: skip
         columns = ("model", "waiting", "running", "workers")
@@ -160,6 +142,8 @@ class Everything:
             table(columns, ((m.newest.ref, f"{m.waiting:,}", f"{m.running:,}", len(names[m.newest.name]))
                             for m in models), numbers=columns[1:]),
         ]  # fmt: skip
+        if runs:
+            parts += [Text(""), runs_table(runs, now)]
         if rows:
             parts += [Text(""), jobs_table(rows, now)]
         return View(document, line, Group(*parts, Text("Ctrl-C ends", style="dim")))

@@ -12,14 +12,16 @@ import pytest
 
 from torchrelay import Relay
 from torchrelay.broker import Broker
+from torchrelay.recipes import READY
 from torchrelay.settings import Settings
 from torchrelay_storage import values
 from torchrelay_storage.artifacts import Artifacts, job_path, load_large, store_large
-from torchrelay_storage.chunk_store import ChunkStore
+from torchrelay_storage.chunk_store import ChunkStore, Claimed
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_store import JobStore, Outcome
-from torchrelay_storage.registry import Registry
+from torchrelay_storage.registry import ModelVersion, Registry
+from torchrelay_storage.run_writer import NewVersion, Order, Point, Progress, RunHold, RunWriter
 from torchrelay_storage.states import End
 
 
@@ -73,6 +75,48 @@ class ThreadWorker:
         self.database.dispose()
 
 
+class Trainer:
+    """Claims training runs of one recipe and hands out what a run's process writes with; trains nothing itself."""
+
+    def __init__(self, settings: Settings, recipe: str = "image-classification") -> None:
+        self.database = Database(settings.database_url)
+        self.broker = Broker(settings)
+        self.worker = Fleet(self.database).register("trainer", host="here", pid=1, device="cpu").id
+        ready = READY.get(recipe)
+        schema = ready.model_json_schema() if ready is not None else {"type": "object"}
+        self.lane = Registry(self.database).lane(recipe, schema)
+
+    def claims(self) -> list[Claimed]:
+        """Claim the next run, if there is one."""
+        return ChunkStore(self.database).claim_next([self.lane.model], self.worker, 1)
+
+    def begin(self) -> RunWriter:
+        """Claim the next run and write that it has begun."""
+        [claimed] = self.claims()
+        writer = RunWriter(self.database, RunHold(claimed.jobs[0].id, claimed.chunk, claimed.token, self.worker))
+        writer.start(split={"train": 80, "validation": 20}, dataset_sha256="ab" * 32, steps=40, epochs=4)
+        return writer
+
+    def report(self, writer: RunWriter, step: int) -> Order:
+        """Write that a run stands at this step, and its metrics there."""
+        points = [Point("train_loss", step, step // 10, 1 / step), Point("accuracy", step, step // 10, 1 - 1 / step)]
+        progress = Progress("train", step, 40, step // 10, 4, 123.0, 40.0 - step)
+        return writer.report(progress, points, best=(step, 1 / step))
+
+    def finish(self, writer: RunWriter, *, promote: str | None = None) -> ModelVersion:
+        """Register what a run has trained, and tell who waits."""
+        new = NewVersion("image-classification", "file:///w.pt2", "cd" * 32, metrics={"accuracy": 0.9}, promote=promote)
+        done = writer.complete(new, lambda version: values.encode({"model": version.ref, "metrics": {"accuracy": 0.9}}))
+        assert done is not None
+        self.broker.publish_ended([writer.hold.chunk], [])
+        return done
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.broker.close()
+        self.database.dispose()
+
+
 @pytest.fixture
 def sqlite_settings(_sqlite_template: Path, redis_url: str, tmp_path: Path) -> Settings:
     """Settings of a system of its own on SQLite."""
@@ -98,3 +142,11 @@ def relay(sqlite_settings: Settings) -> Iterator[Relay]:
 def work(sqlite_settings: Settings) -> Callable[..., ThreadWorker]:
     """`work(function)` returns a worker to be entered by `with`."""
     return lambda run, **options: ThreadWorker(sqlite_settings, run, **options)
+
+
+@pytest.fixture
+def runs_trainer(sqlite_settings: Settings) -> Iterator[Trainer]:
+    """A trainer of `image-classification` on the same system as `relay`."""
+    trainer = Trainer(sqlite_settings)
+    yield trainer
+    trainer.close()

@@ -138,6 +138,24 @@ def test_what_lies_long_is_announced_again_by_age(sqlite_settings: Settings) -> 
     assert system.sent() == {5: 6}
 
 
+def test_a_lane_of_training_runs_is_announced_and_does_not_fill_redis(sqlite_settings: Settings) -> None:
+    system = System(sqlite_settings.model_copy(update={"announce_again": 0.05}))
+    with pytest.raises(ModelNotFound):
+        system.announcer.announce("train:regression")
+    system.version = Registry(system.db).lane("regression", {"type": "object"})
+    system.submit(6)
+    queue = messages.queue_name("train:regression")
+    assert system.announcer.announce("train:regression") == 4
+    system.broker.redis.rpop(f"{queue}{SEPARATOR}4")
+    time.sleep(0.06)
+    assert system.announcer.announce_again("train:regression") == 1  # what there is room for, be it lost or not
+    time.sleep(0.06)
+    assert system.announcer.announce_again("train:regression") == 0
+    assert sum(system.broker.depths(queue).values()) == 4
+    system.broker.close()
+    system.db.dispose()
+
+
 def test_nothing_is_moved_while_redis_is_away(system: System, redis_server: RedisServer) -> None:
     system.submit(1)
     redis_server.pause()

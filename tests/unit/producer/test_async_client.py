@@ -16,6 +16,7 @@ from torchrelay import (
     AsyncBatch,
     AsyncJob,
     AsyncRelay,
+    AsyncRun,
     Batch,
     InvalidInput,
     Job,
@@ -25,6 +26,7 @@ from torchrelay import (
     ModelNotFound,
     Relay,
     RelayError,
+    Run,
     WaitTimeout,
     batches,
 )
@@ -53,7 +55,9 @@ def run(sqlite_settings: Settings) -> Callable[[Callable[[AsyncRelay], Awaitable
     return run
 
 
-@pytest.mark.parametrize(("plain", "twin"), [(Relay, AsyncRelay), (Job, AsyncJob), (Batch, AsyncBatch)])
+@pytest.mark.parametrize(
+    ("plain", "twin"), [(Relay, AsyncRelay), (Job, AsyncJob), (Batch, AsyncBatch), (Run, AsyncRun)]
+)
 def test_the_twins_have_the_same_methods_and_parameters(plain: type, twin: type) -> None:
     def methods(cls: type) -> dict[str, Any]:
         return {name: member for name, member in inspect.getmembers(cls) if not name.startswith("_")}

@@ -58,6 +58,16 @@ def test_handlers_of_file_and_environment_add_up(monkeypatch: pytest.MonkeyPatch
     assert Settings.load().handlers == {"a": "m:A", "b": "m:B"}
 
 
+def test_what_training_needs_comes_by_file_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Settings.load().recipes, Settings.load().datasets) == ({}, [])
+    monkeypatch.setenv("TORCHRELAY_RECIPES", '{"a": "m:A"}')
+    monkeypatch.setenv("TORCHRELAY_DATASETS", '["s3://bucket/sets", "file:///data"]')
+    write('[recipes]\nb = "m:B"')
+    settings = Settings.load()
+    assert settings.recipes == {"a": "m:A", "b": "m:B"}
+    assert settings.datasets == ["s3://bucket/sets", "file:///data"]
+
+
 def test_another_file_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     write("heartbeat = 3")
     other = write("heartbeat = 4", "other.toml")
@@ -79,6 +89,12 @@ def test_another_file_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("heartbeat = ", "torchrelay.toml is not TOML"),
         ("heartbeat = 9\nstale_after = 10", "at least twice the heartbeat"),
         ("broker = 'amqp://u:secret@h'", "must begin with redis://"),
+        ("datasets = ['/data']", "setting 'datasets' .*each must be file:///a/folder, s3://bucket"),
+        ("datasets = ['file://host/data']", "each must be file:///a/folder"),
+        ("datasets = ['s3://']", "each must be file:///a/folder"),
+        ("datasets = ['s3://b?secret=1']", "each must be file:///a/folder"),
+        ("datasets = 's3://b'", "setting 'datasets' .*valid list"),
+        ("recipes = {a = 1}", "setting 'recipes'"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(text: str, says: str) -> None:
@@ -101,7 +117,9 @@ def test_what_is_wrong_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_another_process_gets_the_same_settings_by_the_environment() -> None:
-    settings = Settings.load(home="here", broker="redis://h:1/0", handlers={"a": "m:A"}, heartbeat=1.5)
+    settings = Settings.load(
+        home="here", broker="redis://h:1/0", handlers={"a": "m:A"}, recipes={"r": "m:R"}, datasets=["s3://b"]
+    )
     write("heartbeat = 4")  # which the other process must not read
     code = "from torchrelay.settings import Settings; print(Settings.load().model_dump_json())"
     plain = {name: value for name, value in os.environ.items() if not name.startswith("TORCHRELAY_")}

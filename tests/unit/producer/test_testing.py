@@ -17,6 +17,8 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from torchrelay import (
+    InvalidDataset,
+    InvalidHyperparameter,
     InvalidInput,
     JobExpired,
     JobFailed,
@@ -27,6 +29,7 @@ from torchrelay import (
     WaitTimeout,
 )
 from torchrelay.testing import AsyncInlineRelay, InlineRelay, assert_submitted
+from torchrelay_storage.run_spec import RunSpec
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def test_threads_may_share_one(inline_relay: InlineRelay) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    inline_relay.run()
+    inline_relay.run_due()
     assert sorted(inline_relay.job(name).result() for name in results) == [2 * n for n in range(8)]
 
 
@@ -178,8 +181,72 @@ def test_the_asyncio_twin() -> None:
                 await later.result()
             assert relay.advance(61) == 1
             assert_submitted(relay, "double", count=4)
+            relay.add_recipe("regression", lambda spec: {"rmse": 1.0})
+            run = await relay.train("line", recipe="regression", dataset={"x": [1], "y": [2]}, target="y")
+            assert (await run)["metrics"] == {"rmse": 1.0}
+            assert [r.model for r in await relay.runs()] == ["line@1"]
 
     asyncio.run(main())
+
+
+def test_a_recipe_that_is_a_function(inline_relay: InlineRelay) -> None:
+    specs: list[RunSpec] = []
+
+    def learn(spec: RunSpec) -> dict[str, float]:
+        specs.append(spec)
+        return {"accuracy": 0.5 + len(specs) / 10}
+
+    data = {"image": [[0.0]], "label": [1]}
+    waits = inline_relay.train("digits", recipe="image-classification", dataset=data, epochs=3)
+    assert waits.state is JobState.QUEUED
+    with pytest.raises(WaitTimeout, match="add_recipe"):
+        waits.wait()
+    inline_relay.add_recipe("image-classification", learn)
+    result = waits.result()
+    assert result["model"] == waits.model == "digits@1"
+    assert result["metrics"] == {"accuracy": 0.6}
+    assert (specs[0].hyperparameters["epochs"], specs[0].dataset.format) == (3, "jsonl")
+    run = inline_relay.train("digits", recipe="image-classification", dataset=data, promote="champion", key="k")
+    assert (run.state, run.model, run.progress.phase) == (JobState.SUCCEEDED, "digits@2", "done")
+    assert inline_relay.train(
+        "digits", recipe="image-classification", dataset=data, promote="champion", key="k"
+    ) == run  # fmt: skip
+    assert [(p.name, p.value) for p in run.metrics()] == [("accuracy", 0.7)]
+    [version, _] = inline_relay.versions("digits")
+    assert (version.metrics, version.aliases, version.lineage["recipe"]) == (
+        {"accuracy": 0.7}, ("champion",), "image-classification",
+    )  # fmt: skip
+    assert version.weights is not None
+    assert inline_relay._core.artifacts.get(version.weights)
+    served = inline_relay.submit("digits@champion", 1)
+    assert (served.state, served.model) == (JobState.QUEUED, "digits@2")
+    inline_relay.add_model("digits", lambda value: value + 1)  # serves the versions that are there
+    assert served.result() == 2
+    assert [v.version for v in inline_relay.versions("digits")] == [2, 1]
+    with pytest.raises(InvalidHyperparameter):  # the checks are the real ones
+        inline_relay.train("digits", recipe="image-classification", dataset=data, epochs=0)
+    assert len(specs) == 2
+
+
+def test_an_authors_recipe_that_fails(inline_relay: InlineRelay) -> None:
+    calls: list[Any] = []
+
+    def learn(spec: RunSpec) -> dict[str, float]:
+        calls.append(spec.hyperparameters)
+        if len(calls) < 2:
+            raise ValueError("not yet")
+        if spec.model == "bad":
+            raise InvalidDataset("column 'x'", column="x")
+        return {}
+
+    inline_relay.add_recipe("mine", learn)
+    run = inline_relay.train("good", recipe="mine", dataset={"x": [1]}, anything=[1])
+    assert (run.model, run.failures, calls) == ("good@1", 1, [{"anything": [1]}] * 2)
+    bad = inline_relay.train("bad", recipe="mine", dataset={"x": [1]})
+    with pytest.raises(JobFailed, match="InvalidDataset: column 'x'"):
+        bad.result()
+    assert len(calls) == 3  # bad data is not tried again
+    assert {row.newest.name for row in inline_relay.models()} == {"double", "good"}  # and no "bad"
 
 
 def test_each_has_a_database_of_its_own_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_watch_everything_until_it_is_interrupted(
     def interrupt(_seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchrelay.cli.watch.time.sleep", interrupt)
+    monkeypatch.setattr("torchrelay.cli.live.time.sleep", interrupt)
     assert cli("watch", code=130).out == "1 waiting, 0 running, 0 workers\n"
     [line] = cli("watch", "--json", code=130).lines
     assert (line["waiting"], line["models"][0]["name"], len(line["jobs"])) == (1, "double", 1)

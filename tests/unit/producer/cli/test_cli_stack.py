@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,14 +23,17 @@ from torchrelay_storage.errors import RelayError
 Cli = Callable[..., Any]
 
 WORDS = {"up", "worker", "submit", "batch", "status", "list", "watch", "result", "cancel", "retry", "pause", "resume",
-         "models", "workers", "db", "doctor", "demo"}  # fmt: skip
+         "models", "workers", "db", "doctor", "demo", "train", "metrics", "logs"}  # fmt: skip
+
+MODELS = [["models", word] for word in ("register", "check", "show", "compare", "promote", "rollback", "history",
+                                        "recipes")]  # fmt: skip
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
     assert set(get_command(app).commands) == WORDS  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", [[], *([word] for word in sorted(WORDS - {"worker"})), ["models", "register"]])
+@pytest.mark.parametrize("command", [[], *([word] for word in sorted(WORDS - {"worker"})), *MODELS])
 def test_every_command_has_help_and_nearly_all_json(bare: Cli, command: list[str]) -> None:
     words = bare(*command, "--help").out
     assert "Usage" in words
@@ -102,7 +104,7 @@ def test_completion_offers_commands(tmp_path: Path) -> None:
 def test_the_command_line_imports_neither_torch_nor_the_worker() -> None:
     code = """if True:
         import sys, torchrelay.cli.main, torchrelay.demo, torchrelay.doctor, torchrelay.embedded
-        heavy = {"torch", "torchrelay_worker", "sklearn", "numpy"}
+        heavy = {"torch", "torchrelay_worker", "sklearn", "numpy", "plotext", "matplotlib"}
         print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -124,6 +126,11 @@ def test_worker_takes_this_processs_place(cli: Cli, sqlite_settings: Settings, m
     assert calls[1][1][1:] == ["-m", "torchrelay_worker", "--help"]
 
 
+def test_up_refuses_what_is_no_kind_of_training(bare: Cli, tmp_path: Path) -> None:
+    assert "--train must be also, only or no" in bare("up", "--train", "maybe", code=2).err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", [["worker"], ["up"], ["demo"], ["models", "check", "m", "--input", "1"]])
 def test_without_torch_it_says_what_to_install(bare: Cli, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.setattr("torchrelay.cli.stack.importlib.util.find_spec", lambda _name: None)
@@ -134,37 +141,19 @@ def test_without_torch_it_says_what_to_install(bare: Cli, monkeypatch: pytest.Mo
 # --- on a terminal -----------------------------------------------------------------------------------------
 
 
-def on_a_terminal(settings: Settings, *arguments: str) -> str:
-    """Run a command with a pseudo terminal for its standard output, and return what it wrote there."""
-    parent, child = pty.openpty()
-    command = [sys.executable, "-m", "torchrelay", "--database", settings.database_url, "--broker",
-               settings.broker_url, *arguments]  # fmt: skip
-    with subprocess.Popen(command, stdout=child, stderr=child, env=os.environ | {"TERM": "xterm", "COLUMNS": "150"}):
-        os.close(child)
-        written = b""
-        while True:
-            try:
-                part = os.read(parent, 4096)
-            except OSError:  # Linux says EIO at the end of a terminal
-                part = b""
-            if not part:
-                break
-            written += part
-    os.close(parent)
-    return written.decode()
-
-
-def test_watch_draws_a_table_on_a_terminal(relay: Relay, sqlite_settings: Settings, work: Callable[..., Any]) -> None:
+def test_watch_draws_a_table_on_a_terminal(
+    relay: Relay, terminal: Callable[..., str], work: Callable[..., Any]
+) -> None:
     batch = relay.submit_batch("double", [1, 2, 3])
     with work(lambda value: value * 2):
-        shown = on_a_terminal(sqlite_settings, "watch", batch.id, "--every", "0.1")
+        shown = terminal("watch", batch.id, "--every", "0.1")
     assert "3 of 3 ended" in shown
     assert "\x1b[" in shown
 
 
-def test_a_list_fits_the_terminal(relay: Relay, sqlite_settings: Settings) -> None:
+def test_a_list_fits_the_terminal(relay: Relay, terminal: Callable[..., str]) -> None:
     job = relay.submit("double", 1)
-    assert job.id in on_a_terminal(sqlite_settings, "list")
+    assert job.id in terminal("list")
 
 
 # --- output ------------------------------------------------------------------------------------------------
