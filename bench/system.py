@@ -44,11 +44,13 @@ def system(kind: str) -> Iterator[Settings]:
 
 
 @contextmanager
-def workers(settings: Settings, n: int = 1) -> Iterator[None]:
-    """Run n workers until the block ends."""
+def workers(settings: Settings, n: int = 1, *arguments: str) -> Iterator[None]:
+    """Run n workers, with these arguments, until the block ends."""
     environment = {**os.environ, **settings.as_environment(), "PYTHONPATH": str(ROOT / "bench")}
     started = [
-        subprocess.Popen([sys.executable, "-m", "torchrelay_worker", "--name", f"bench-{i}"], env=environment)
+        subprocess.Popen(
+            [sys.executable, "-m", "torchrelay_worker", "--name", f"bench-{i}", *arguments], env=environment
+        )
         for i in range(n)
     ]
     try:

@@ -351,6 +351,11 @@ def job_path(job: int, what: str) -> str:
     return f"jobs/{day.isoformat()}/{ids.show(ids.Kind.JOB, job)}/{what}"
 
 
+def run_path(job: int, what: str) -> str:
+    """Return the path for a part of a run, such as `runs/2026-11-24/j_0c8ks4t2m1x7f/checkpoints`, by the id's day."""
+    return "runs/" + job_path(job, what).removeprefix("jobs/")
+
+
 def model_path(name: str, version: int | str, file: str) -> str:
     """Return the path for a file of a model, such as `models/digits/3/weights.safetensors`, whatever the names hold."""
     return "/".join(("models", _plain(name), _plain(str(version)), _plain(file)))

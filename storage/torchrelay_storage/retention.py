@@ -1,15 +1,14 @@
 """Retention: what ended long ago is deleted in slices, with its artifacts; what someone may still need is spared.
 
-Of a training run its metrics, log and checkpoints go too; the version that it registered stays, with its weights.
+Of a training run its metrics, log and checkpoints go too; the version that it registered stays, with its weights, which
+are files of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from sqlalchemy import Connection, bindparam, text
 
 from torchrelay_storage.database import Database
@@ -24,13 +23,13 @@ class Purged:
 
     Attributes:
         artifacts: stored values that refer to the object store, to be deleted there.
-        files: URIs of the files of runs' checkpoints, to be deleted there too.
+        runs: training runs, whose files (`artifacts.run_path`) are to be deleted there too.
     """
 
     jobs: int
     chunks: int
     artifacts: tuple[bytes, ...]
-    files: tuple[str, ...] = ()
+    runs: tuple[int, ...] = ()
 
 
 class Retention:
@@ -71,29 +70,17 @@ class Retention:
                 for value in row
                 if value is not None and bytes(value[:1]) == reference
             ]
-            files = _delete_runs(connection, list(connection.execute(_RUNS, scope).scalars()))
+            runs = tuple(connection.execute(_RUNS, scope).scalars())
+            for run in slices(runs):
+                for statement in _DELETE_RUNS:
+                    connection.execute(statement, {"runs": list(run)})
             connection.execute(_DELETE_KEYS, scope)
             jobs = connection.execute(_DELETE_JOBS, scope).rowcount
             connection.execute(_DELETE_CHUNKS, scope)
             connection.execute(_DELETE_BATCHES, {"before": before})
-            return Purged(jobs, len(chunks), tuple(artifacts), files)
+            return Purged(jobs, len(chunks), tuple(artifacts), runs)
 
         return self._db.transact(work)
-
-
-def _delete_runs(connection: Connection, runs: Sequence[int]) -> tuple[str, ...]:
-    """Delete what runs have beside their jobs, and return the URIs of files that nothing names any more."""
-    if not runs:
-        return ()
-    files: dict[str, None] = {}
-    for row in connection.execute(_FILES, {"runs": runs}):
-        files.update(dict.fromkeys(orjson.loads(row.files).values()))
-    for uris in slices(list(files)):
-        for weights in connection.execute(_SERVED, {"uris": list(uris)}).scalars().all():
-            files.pop(weights, None)
-    for statement in _DELETE_RUNS:
-        connection.execute(statement, {"runs": runs})
-    return tuple(files)
 
 
 def _of(statement: str, name: str = "chunks") -> Any:
@@ -106,8 +93,6 @@ _REFERENCES = _of(f"""
     WHERE id IN ({_IN} :chunks) AND (substr(input, 1, 1) = :tag OR substr(output, 1, 1) = :tag)
 """)
 _RUNS = _of(f"SELECT job FROM runs WHERE job IN ({_IN} :chunks)")
-_FILES = _of("SELECT files FROM checkpoints WHERE job IN :runs", "runs")
-_SERVED = _of("SELECT weights FROM model_versions WHERE weights IN :uris", "uris")
 _DELETE_RUNS = [
     _of(f"DELETE FROM {table} WHERE job IN :runs", "runs") for table in ("metrics", "run_logs", "checkpoints", "runs")
 ]

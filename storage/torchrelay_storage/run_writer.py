@@ -153,14 +153,16 @@ _WAIT = text("""
         not_before = COALESCE(CAST(:not_before AS FLOAT), not_before)
     WHERE id = :chunk
 """)
-_REST = text("UPDATE runs SET eta = NULL, updated_at = :now WHERE job = :job")
+_REST = text("UPDATE runs SET phase = '', eta = NULL, updated_at = :now WHERE job = :job")
 _FAILED_ONCE = text("UPDATE jobs SET failures = failures + 1, error = :error WHERE id = :job AND state = 0")
 
 _SUCCEED = text("""
     UPDATE jobs SET state = 1, output = :output, error = NULL, worker = :worker, finished_at = :now
     WHERE id = :job AND state = 0
 """)
-_REGISTERED = text("UPDATE runs SET version = :version, eta = NULL, deaths = 0, updated_at = :now WHERE job = :job")
+_REGISTERED = text("""
+    UPDATE runs SET version = :version, phase = '', eta = NULL, deaths = 0, updated_at = :now WHERE job = :job
+""")
 
 
 class RunWriter:

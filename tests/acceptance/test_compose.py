@@ -113,7 +113,7 @@ def test_what_must_hold_for_nothing_to_be_lost(services: dict[str, Any]) -> None
     assert "--maxmemory-policy noeviction" in redis
     assert "--appendonly yes" in redis
     volumes = load()["volumes"]
-    for name in ("redis", "postgres", "worker"):
+    for name in ("redis", "postgres", "worker", "trainer"):
         assert services[name]["healthcheck"]["test"]
         assert services[name]["restart"] == "unless-stopped"
         assert services[name]["volumes"][0].split(":")[0] in volumes
@@ -193,7 +193,7 @@ def alive(environment: dict[str, str], folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_services_run(services: dict[str, Any], environment: dict[str, str], tmp_path: Path) -> None:
-    """`migrate` ends well, also a second time; two workers come alive and healthy, and end in order."""
+    """`migrate` ends well, also a second time; two workers and a trainer come alive and healthy, and end in order."""
     for _ in range(2):
         migrated = run(services["migrate"]["command"], environment, tmp_path)
         assert migrated.returncode == 0, migrated.stderr
@@ -209,16 +209,16 @@ def test_the_services_run(services: dict[str, Any], environment: dict[str, str],
     log_path = tmp_path / "worker.log"
     workers: list[subprocess.Popen[bytes]] = []
 
-    def both_alive() -> bool:
+    def all_alive() -> bool:
         assert all(process.poll() is None for process in workers), log_path.read_text()
         return len(alive(environment, tmp_path)) == len(workers)
 
     try:
         with log_path.open("wb") as log:
-            for _ in range(2):  # as --scale worker=2
+            for name in ("worker", "worker", "trainer"):  # as --profile train --scale worker=2
                 workers.append(
                     subprocess.Popen(
-                        services["worker"]["command"],
+                        services[name]["command"],
                         env=environment,
                         cwd=tmp_path,
                         stdin=subprocess.DEVNULL,
@@ -227,15 +227,16 @@ def test_the_services_run(services: dict[str, Any], environment: dict[str, str],
                         start_new_session=True,
                     )
                 )
-        wait_until(both_alive, 90, "two workers alive")
+        wait_until(all_alive, 90, "two workers and a trainer alive")
         rows = alive(environment, tmp_path)
-        assert len({row["name"] for row in rows}) == 2
+        assert len({row["name"] for row in rows}) == 3
+        assert sorted((row["models"] for row in rows), key=repr) == [None, None, []]
         assert {row["host"] for row in rows} == {socket.gethostname()}
         healthy = run(healthcheck, environment, tmp_path)
         assert healthy.returncode == 0, healthy.stderr
         for process in workers:
             process.terminate()
-        assert [process.wait(60) for process in workers] == [0, 0], log_path.read_text()
+        assert [process.wait(60) for process in workers] == [0, 0, 0], log_path.read_text()
         assert alive(environment, tmp_path) == []
     finally:
         for process in workers:

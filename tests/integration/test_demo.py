@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 PROGRAM = str(Path(sys.executable).parent / "torchrelay")
 
@@ -27,6 +28,7 @@ def left_running(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(450)  # two demos, each of which starts Python with torch three times
 def test_the_demo(tmp_path: Path) -> None:
     first = run(tmp_path, PROGRAM, "demo", "--json")
     assert first.returncode == 0, first.stderr
@@ -49,16 +51,23 @@ def test_the_demo(tmp_path: Path) -> None:
         shown[shlex.split(command)[1]] = json.loads(done.stdout)
     assert len(shown["list"]) == 20
     assert shown["status"]["counts"]["succeeded"] == 1797
+    losses = [p["value"] for p in shown["metrics"]["points"] if p["name"] == "validation_loss"]
+    assert losses[-1] < losses[0]
     assert set(shown["result"]["result"]) == {"label", "probability"}
+    trained = json.loads(run(tmp_path, PROGRAM, "status", report["run"], "--json").stdout)
+    assert (trained["kind"], trained["state"], trained["model"]) == ("training", "succeeded", report["model"])
+    assert trained["split"]["validation"] == report["held_out"]
     assert left_running(tmp_path) == []
 
     # Once more in the same folder, for people.
     again = run(tmp_path, PROGRAM, "demo")
     assert again.returncode == 0, again.stderr
     for word in ("1,797 succeeded", "accuracy", "jobs/s", ".torchrelay/torchrelay.db", " list", " status b_",
-                 " result j_"):  # fmt: skip
+                 " result j_", " metrics j_", "digits@2, trained by j_"):  # fmt: skip
         assert word in again.stdout
-    assert json.loads(run(tmp_path, PROGRAM, "models", "--json").stdout)[0]["versions"] == 2
+    [model] = json.loads(run(tmp_path, PROGRAM, "models", "--json").stdout)
+    assert (model["ref"], model["versions"], model["aliases"]) == ("digits@2", 2, ["champion"])
+    assert json.loads(run(tmp_path, PROGRAM, "status", report["run"], "--json").stdout)["model"] == "digits@1"
     assert left_running(tmp_path) == []
 
 
@@ -67,7 +76,7 @@ def test_the_demo_beside_another_configuration(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from torchrelay.demo import commands, embedded_settings;"
         "from torchrelay.settings import Settings;"
-        "print(*commands(embedded_settings(Settings.load()), 'b_1', 'j_1'), sep='\\n')"
+        "print(*commands(embedded_settings(Settings.load()), 'j_0', 'b_1', 'j_1'), sep='\\n')"
     )
     environment = os.environ | {"TORCHRELAY_DATABASE": "postgresql://u@h/d", "TORCHRELAY_BROKER": "redis://h"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True,
@@ -77,4 +86,5 @@ def test_the_demo_beside_another_configuration(tmp_path: Path) -> None:
         ["--database", database, "list"],
         ["--database", database, "status", "b_1"],
         ["--database", database, "result", "j_1"],
+        ["--database", database, "metrics", "j_0"],
     ]

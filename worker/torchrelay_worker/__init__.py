@@ -1,4 +1,4 @@
-"""The device's side of torchrelay. A model's author needs one name: `from torchrelay_worker import Model`.
+"""The device's side of torchrelay. A model's author needs `Model`, an author of training `Recipe` and `Exported`.
 
 Importing this package does not import torch: the supervisor, which must stay small, lives in it too.
 """
@@ -7,22 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchrelay_storage.errors import InvalidInput
+from torchrelay_storage.errors import InvalidDataset, InvalidInput
 
 if TYPE_CHECKING:
     from torchrelay_worker.models.model import Model
     from torchrelay_worker.models.weights import Weights
+    from torchrelay_worker.training.data import Table
+    from torchrelay_worker.training.recipe import Exported, Recipe
 
-__all__ = ["InvalidInput", "Model", "Weights"]
+__all__ = ["Exported", "InvalidDataset", "InvalidInput", "Model", "Recipe", "Table", "Weights"]
+
+_MODULES = {
+    "Exported": "torchrelay_worker.training.recipe",
+    "Model": "torchrelay_worker.models.model",
+    "Recipe": "torchrelay_worker.training.recipe",
+    "Table": "torchrelay_worker.training.data",
+    "Weights": "torchrelay_worker.models.weights",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Model":
-        from torchrelay_worker.models.model import Model
+    if name in _MODULES:
+        from importlib import import_module
 
-        return Model
-    if name == "Weights":
-        from torchrelay_worker.models.weights import Weights
-
-        return Weights
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,6 +29,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     """Read the command line. Exits with 2 where it makes no sense."""
     parser = argparse.ArgumentParser(prog="torchrelay worker", description="Runs jobs on one device.")
     parser.add_argument("--models", metavar="A,B", help="serve only these models (default: all that have a handler)")
+    parser.add_argument(
+        "--train", nargs="?", const="only", choices=("no", "also", "only"), default="no",
+        help="take training runs: only these, or also, beside inference, which then goes first (default: no)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     parser.add_argument("--name", default=_default_name(), help="the worker's name, unique in the fleet")
     parser.add_argument("--threads", type=_count, default=2, help="threads that preprocess inputs (default: 2)")
@@ -39,10 +43,13 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     found = parser.parse_args(argv)
     if not _NAME.fullmatch(found.name):
         parser.error(f"--name {found.name!r}: 1 to 63 of A-Z a-z 0-9 . _ -")
+    if found.train == "only" and found.models:
+        parser.error("--train serves no models; `--train also` takes runs beside them")
     models = tuple(dict.fromkeys(m.strip() for m in (found.models or "").split(",") if m.strip())) or None
     return Options(
         name=found.name,
         models=models,
+        train=found.train,
         device=found.device,
         threads=found.threads,
         torch_threads=found.torch_threads,

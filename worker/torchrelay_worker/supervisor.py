@@ -53,6 +53,7 @@ class Options:
 
     name: str
     models: Sequence[str] | None = None
+    train: str = "no"  # "also": training runs beside inference; "only": nothing else
     device: str = "auto"
     threads: int = 2
     torch_threads: int | None = None
@@ -77,7 +78,7 @@ class Inner:
         command = [sys.executable, "-m", "torchrelay_worker.worker"]
         command += ["--worker-id", str(worker), "--report-fd", str(write_end), "--name", options.name]
         command += ["--device", options.device, "--threads", str(options.threads), "--grace", str(options.grace)]
-        command += ["--log-level", options.log_level]
+        command += ["--train", options.train, "--log-level", options.log_level]
         for flag, value in (
             ("--models", ",".join(options.models or ())),
             ("--torch-threads", options.torch_threads),
@@ -279,7 +280,7 @@ class Supervisor:
                     host=socket.gethostname(),
                     pid=os.getpid(),
                     device=self._options.device,
-                    models=self._options.models,
+                    models=() if self._options.train == "only" else self._options.models,
                 ).id
                 return
             except Unreachable as error:

@@ -25,13 +25,18 @@ from torchrelay.broker import Broker, make_app
 from torchrelay.settings import Settings
 from torchrelay_storage.artifacts import Artifacts
 from torchrelay_storage.database import Database
-from torchrelay_storage.errors import InvalidInput, RelayError, SchemaMismatch
+from torchrelay_storage.errors import InvalidInput, RelayError, SchemaMismatch, Unreachable
+from torchrelay_storage.registry import Registry
 from torchrelay_worker import logs
 from torchrelay_worker.exits import EXIT_LOST, EXIT_USAGE
 from torchrelay_worker.models.handlers import Handlers
 from torchrelay_worker.pipeline.consumer import Consumer
 from torchrelay_worker.pipeline.device import DeviceLost
 from torchrelay_worker.pipeline.pipeline import Pipeline, Road, Setup
+from torchrelay_worker.training.catalog import Recipes
+from torchrelay_worker.training.gate import Gate
+from torchrelay_worker.training.lanes import Lanes
+from torchrelay_worker.training.launcher import Launcher, Site
 
 log = structlog.get_logger("torchrelay.worker")
 
@@ -110,6 +115,39 @@ def follow_supervisor() -> None:
     threading.Thread(target=wait, name="leash", daemon=True).start()
 
 
+def _gate(settings: Settings, arguments: argparse.Namespace) -> contextlib.AbstractContextManager[Gate | None]:
+    """Return the gate by which inference goes before the run on the device that they share, or None where none do."""
+    if arguments.train != "also":
+        return contextlib.nullcontext()
+    return Gate.make(settings.home / "gates" / str(arguments.worker_id))
+
+
+def _training(
+    settings: Settings,
+    arguments: argparse.Namespace,
+    database: Database,
+    broker: Broker,
+    *,
+    device: torch.device,
+    gate: Gate | None,
+) -> dict[str, Any]:
+    """Return what a worker that trains adds to the setup of its pipeline."""
+    if arguments.train == "no":
+        return {}
+    lanes = Lanes(Registry(database), Recipes(settings.recipes))
+    with contextlib.suppress(Unreachable):  # else once it is back; who sees this worker ready may train by its recipes
+        lanes.names()
+    site = Site(
+        settings, arguments.worker_id, str(device), arguments.torch_threads,
+        gate.path if gate is not None else None, arguments.grace, arguments.log_level,
+    )  # fmt: skip
+    return {
+        "lanes": lanes,
+        "launcher": Launcher(database, site, broker.publish_ended),
+        "gate": gate,
+    }
+
+
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Run the worker until a signal ends it; return the exit code."""
     database = Database(settings.database_url)
@@ -127,7 +165,8 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         sys.stderr.flush()
         os._exit(EXIT_LOST)
 
-    with AnnouncerThread(Announcer(database, broker)) as announcer:
+    with AnnouncerThread(Announcer(database, broker)) as announcer, _gate(settings, arguments) as gate:
+        training = _training(settings, arguments, database, broker, device=device, gate=gate)
         setup = Setup(
             database=database,
             artifacts=Artifacts(settings.artifacts_url),
@@ -136,10 +175,11 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             device=device,
             worker=arguments.worker_id,
             inline_limit=settings.inline_limit,
-            models=arguments.models,
+            models=() if arguments.train == "only" else arguments.models,
             threads=arguments.threads,
             max_loaded=arguments.max_loaded,
             grace=arguments.grace,
+            **training,
         )
         road = Road(wake=announcer.wake, publish=broker.publish_ended, is_up=broker.is_up)
         reports = Reports(arguments.report_fd)
@@ -179,6 +219,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report-fd", type=int, required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--models", type=lambda text: [m for m in text.split(",") if m] or None, default=None)
+    parser.add_argument("--train", choices=("no", "also", "only"), default="no")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--torch-threads", type=int, default=None)

@@ -359,7 +359,7 @@ def test_lanes_are_hidden_from_who_asks_for_models(scene: Scene) -> None:
 # --- retention ------------------------------------------------------------------------------------------------
 
 
-def test_a_purged_run_takes_its_files_with_it_but_for_what_serves(scene: Scene) -> None:
+def test_a_purged_run_takes_all_with_it_but_for_what_serves(scene: Scene) -> None:
     job, writer = scene.started()
     kept, kept_writer = scene.started()
     for number, one in ((1, writer), (2, kept_writer)):
@@ -370,7 +370,7 @@ def test_a_purged_run_takes_its_files_with_it_but_for_what_serves(scene: Scene) 
     writer.complete(NewVersion("images", "file:///1/best", "ab"), b"1")
     purged = Retention(scene.database).purge(-1, reference=b"\x07")
     assert (purged.jobs, purged.artifacts) == (1, ())
-    assert sorted(purged.files) == ["file:///1/4", "file:///1/5"], "the version serves the best"
+    assert purged.runs == (job,)
     with pytest.raises(JobNotFound):
         scene.runs.get(job)
     assert (scene.runs.checkpoints(job), scene.runs.metrics(job), scene.runs.logs(job)) == ([], [], [])
@@ -386,6 +386,6 @@ def test_the_chunk_that_a_retry_left_behind_takes_no_run_with_it(scene: Scene) -
     scene.jobs.cancel([job])
     scene.jobs.retry([job])
     purged = Retention(scene.database).purge(-1, reference=b"\x07")
-    assert (purged.chunks, purged.jobs, purged.files) == (1, 0, ())
+    assert (purged.chunks, purged.jobs, purged.runs) == (1, 0, ())
     assert len(scene.runs.checkpoints(job)) == 1
     assert scene.writer(job).is_held()

@@ -36,7 +36,7 @@ from torchrelay_storage.values import as_reference, decode, encode, encode_refer
 
 
 class S3Handler(BaseHTTPRequestHandler):
-    """Objects of one bucket in a dict: put, get of a range, head, delete of many, uploads in parts."""
+    """Objects of one bucket in a dict: put, get of a range, head, list, delete of many, uploads in parts."""
 
     objects: dict[str, bytes]
     parts: dict[str, dict[int, bytes]]
@@ -90,6 +90,11 @@ class S3Handler(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             self.objects.pop(key, None)
             return self.answer(204)
+        if self.command == "GET" and "list-type" in query:
+            names = [name for name in sorted(self.objects) if name.startswith(query["prefix"][0])]
+            stamp = "<LastModified>2026-11-24T12:00:00.000Z</LastModified>"
+            found = "".join(f"<Contents><Key>{escape(n)}</Key>{stamp}<Size>1</Size></Contents>" for n in names)
+            return self.answer(200, f"<ListBucketResult>{found}</ListBucketResult>".encode())
         if key not in self.objects:
             return self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
         data = self.objects[key]
@@ -154,6 +159,17 @@ def test_delete_ignores_what_is_gone(store: Artifacts) -> None:
     for uri in uris:
         with pytest.raises(NotFound):
             store.get(uri)
+
+
+def test_what_lies_under_a_path_is_listed_and_what_only_begins_like_it_is_not(store: Artifacts) -> None:
+    below = {store.put(f"runs/a/{name}", b"x") for name in ("1/x", "1/y", "2/x")}
+    store.put("runs/ab/1/x", b"x")
+    assert set(store.under("runs/a")) == below
+    assert store.under("runs/never") == []
+    store.delete(store.under("runs/a"))
+    assert store.under("runs/a") == []
+    with pytest.raises(InvalidInput):
+        store.under("../elsewhere")
 
 
 def test_many_are_deleted_in_slices(store: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:

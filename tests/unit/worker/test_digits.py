@@ -1,9 +1,8 @@
-"""The demo's handler and its training: inputs of every kind, what is refused, and the accuracy that is promised."""
+"""The handler `digits`: inputs of every kind, what is refused, and what a program that it serves must take."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +10,36 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from torchrelay_worker import InvalidInput, check, demo
+from torchrelay_worker import InvalidInput, check
 from torchrelay_worker.models import weights
 from torchrelay_worker.models.digits import Digits
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The demo's training, run once."""
-    out = tmp_path_factory.mktemp("digits")
-    assert demo.main(["--out", str(out), "--json"]) == 0
-    return {**json.loads((out / "digits.json").read_text()), "path": out / "digits.pt2"}
-
-
-def test_the_training_reaches_the_accuracy_on_pictures_it_never_saw(trained: dict[str, Any]) -> None:
-    assert trained["accuracy"] >= 0.97
-    held_out = trained["held_out"]
-    assert len(set(held_out)) == len(held_out)
-    assert 0.15 < len(held_out) / trained["pictures"] < 0.25
-
-
-def test_the_split_is_stratified_and_seeded() -> None:
-    labels = torch.arange(10).repeat(20)
-    first, second = (demo.split(labels, 0.2, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert not set(first[0].tolist()) & set(first[1].tolist())
-    assert labels[first[1]].bincount().tolist() == [4] * 10
-
-
-def test_the_program_takes_batches_of_any_size_and_passes_the_dry_run(trained: dict[str, Any]) -> None:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that knows digits: a linear layer, fitted to all of them by least squares."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    loaded = weights.local(Path(trained["path"]))
+    pictures = torch.tensor(data.data / 16.0, dtype=torch.float32)
+    wanted = nn.functional.one_hot(torch.tensor(data.target), 10).float()
+    layer = nn.Linear(64, 10, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linalg.lstsq(pictures, wanted, driver="gelsd").solution.T)
+    net = nn.Sequential(nn.Flatten(), layer).eval()
+    shapes = ({0: torch.export.Dim("pictures", min=1)},)
+    path = tmp_path_factory.mktemp("digits") / "digits.pt2"
+    torch.export.save(torch.export.export(net, (torch.zeros(2, 1, 8, 8),), dynamic_shapes=shapes), str(path))
+    return path
+
+
+def test_the_program_takes_batches_of_any_size_and_passes_the_dry_run(program: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    loaded = weights.local(program)
     report = check.try_model(Digits, loaded, {"pixels": data.data[0].tolist()}, torch.device("cpu"), "digits@1")
     assert report.output["label"] == data.target[0]
     assert report.batch == 4
@@ -56,7 +50,7 @@ def test_the_program_takes_batches_of_any_size_and_passes_the_dry_run(trained: d
             prepared = [model.preprocess(data.data[i]) for i in range(n)]
             outputs = model.split(model.forward(model.collate(prepared)), n)
             right = sum(model.decode(o)["label"] == label for o, label in zip(outputs, data.target, strict=False))
-            assert right / n > 0.95
+            assert right / n > 0.8
 
 
 def png(side: int = 8, mode: str = "L") -> bytes:

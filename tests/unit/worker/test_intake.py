@@ -17,16 +17,31 @@ from torchrelay_worker.pipeline.pace import Pace
 from worker_fakes import Line, Plus, Store, chunk
 
 
-class Rig:
-    """A line with an intake before it."""
+class Places:
+    """Who starts training runs: `room` at a time."""
 
-    def __init__(self, chunks: list[Claimed], *, redis_is_up: bool = True) -> None:
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.started: list[int] = []
+
+    def has_room(self) -> bool:
+        return len(self.started) < self.room
+
+    def start(self, claimed: Claimed) -> None:
+        self.started.append(claimed.chunk)
+
+
+class Rig:
+    """A line with an intake before it. Version 1 is a model, versions 2 and 3 are lanes of runs."""
+
+    def __init__(self, chunks: list[Claimed], *, redis_is_up: bool = True, room: int = 0) -> None:
         self.model = Plus()
         self.line = Line(self.model, Store(chunks))
         self.pace = Pace()
         self.woken: list[str] = []
         self.alone: list[int | None] = []
         self.opened = 0
+        self.places = Places(room)
         residency: Any = self.line.residency
         self.intake = Intake(
             self.line.store,
@@ -36,11 +51,13 @@ class Rig:
             residency,
             pace=self.pace,
             worker=7,
-            served=lambda: {"m": 10},
+            served=lambda: {"m": 10, "train:a": 20, "train:b": 30} if room else {"m": 10},
             wake=self.woken.append,
             redis_is_up=lambda: redis_is_up,
             opened=self._opened,
             alone=self.alone.append,
+            lanes=lambda: {20, 30} if room else set(),
+            runs=self.places,
         )
         self.line.ledger.changed = self.intake.nudge
         self.line.ledger.released = self.intake.unpin
@@ -195,3 +212,50 @@ def test_chunks_that_came_back_run_alone_and_one_by_one(rig: Callable[..., Rig])
     assert sorted(made.model.batches[1:]) == [[10.0, 11.0], [20.0], [30.0]]
     assert sorted(c for c in made.alone if c) == [2, 3]
     wait_until(lambda: made.alone[-1] is None, 10, "the end of it")
+
+
+def test_a_run_is_started_and_its_message_done_with(rig: Callable[..., Rig]) -> None:
+    made = rig([chunk(1, ["a run"], version=2), chunk(2, [5])], room=1)
+    assert made.intake.has_room("train:a")
+    assert made.intake.offer("train:a", 1)
+    assert made.places.started == [1]
+    assert made.intake.offer("m", 2), "inference goes on beside it"
+    made.line.store.wait_for(1)
+    assert len(made.line.ledger) == 0, "the run is not in it"
+
+
+def test_a_run_that_comes_too_late_is_anothers(rig: Callable[..., Rig]) -> None:
+    made = rig([chunk(1, ["a run"], version=2), chunk(2, ["a run"], version=3)], room=1, start=False)
+    answers: dict[int, bool] = {}
+    lanes = {1: "train:a", 2: "train:b"}
+    threads = [
+        threading.Thread(target=lambda n=n: answers.update({n: made.intake.offer(lanes[n], n)}), daemon=True)
+        for n in lanes
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(made.intake._offers) == 2, 10, "both offers")
+    made.line.__enter__()
+    made.intake.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(answers.values()) == [False, True]
+    assert len(made.places.started) == 1
+    assert not made.intake.has_room("train:a")
+    assert not made.intake.has_room("train:b")
+    assert not made.intake.offer("train:b", 2), "without waiting for hours"
+    assert made.intake.has_room("m")
+
+
+def test_while_redis_is_away_one_run_at_a_time_comes_from_sql(rig: Callable[..., Rig]) -> None:
+    made = rig([chunk(n, ["a run"], version=2) for n in (1, 2)] + [chunk(3, [7])], room=1, redis_is_up=False)
+    made.line.store.wait_for(1)
+    assert made.places.started == [1]
+    assert list(made.line.store.waiting) == [2]
+
+
+def test_a_suspect_does_not_wait_for_a_run(rig: Callable[..., Rig]) -> None:
+    made = rig([chunk(1, ["a run"], version=2), chunk(2, [5], suspect=True)], room=1)
+    assert made.intake.offer("train:a", 1)
+    assert made.intake.offer("m", 2)
+    made.line.store.wait_for(1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from servers import wait_until
 from torchrelay_storage import values
+from torchrelay_storage.artifacts import run_path
 from torchrelay_storage.chunk_store import ModelDue
 from torchrelay_storage.errors import InvalidInput, Unreachable
 from torchrelay_storage.retention import Purged
@@ -170,7 +171,10 @@ class Old:
         self.slices -= 1
         stored = values.encode_reference(Reference(f"memory:///{self.slices}", 1, "0" * 64, "x/y"))
         assert stored[:1] == reference
-        return Purged(1, 1, (stored,), (f"memory:///checkpoint{self.slices}",) if self.slices == 1 else ())
+        return Purged(1, 1, (stored,), (7,) if self.slices == 1 else ())
+
+    def under(self, path: str) -> list[str]:
+        return [f"memory:///{path}/orphan"]
 
     def delete(self, uris: Iterable[str]) -> None:
         self.deleted.extend(uris)
@@ -183,7 +187,12 @@ class Old:
 def test_purge_deletes_rows_then_artifacts() -> None:
     old = Old(3)
     Purge(old, old, old, days=2.0).run()
-    assert old.deleted == ["memory:///2", "memory:///1", "memory:///checkpoint1", "memory:///0"]
+    assert old.deleted == [
+        "memory:///2",
+        "memory:///1",
+        f"memory:///{run_path(7, 'checkpoints')}/orphan",
+        "memory:///0",
+    ]
     assert old.older_than == 2 * DAY
     assert old.forgot == 1
 

@@ -170,3 +170,12 @@ def test_room_and_chunk_size_follow_the_rate(rate: float, batch: int) -> None:
     size = pace.chunk_size(1, batch)
     assert 1 <= size <= LARGEST_CHUNK
     assert size <= max(measured, batch, 1)
+
+
+def test_what_is_held_elsewhere_in_this_worker_is_no_stray() -> None:
+    it = Held3()
+    it.warden = Warden(it.store, it.ledger, it.batcher, worker=7, elsewhere=lambda: {9})
+    it.store.held_now.extend([Held(9, 1, 0), Held(8, 1, 0)])
+    for _ in range(STRAY_ROUNDS):
+        it.warden.look()
+    assert it.store.handed_back == [(8, 1)]

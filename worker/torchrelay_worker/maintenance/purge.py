@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from torchrelay_storage import values
+from torchrelay_storage.artifacts import run_path
 from torchrelay_storage.retention import Purged
 
 DAY = 86_400.0  # seconds
@@ -22,6 +23,7 @@ class Purges(Protocol):
 class Deletes(Protocol):
     """What it needs of an Artifacts."""
 
+    def under(self, path: str) -> list[str]: ...
     def delete(self, uris: Iterable[str]) -> None: ...
 
 
@@ -57,7 +59,9 @@ class Purge:
         for _ in range(SLICES):
             purged = self._retention.purge(self._days * DAY, reference=tag)
             references = (values.as_reference(stored) for stored in purged.artifacts)
-            uris = [*(reference.uri for reference in references if reference is not None), *purged.files]
+            uris = [reference.uri for reference in references if reference is not None]
+            for run in purged.runs:  # by their folder: a process that was killed left files that no row names
+                uris += self._artifacts.under(run_path(run, "checkpoints"))
             if uris:
                 self._artifacts.delete(uris)
             if not purged.chunks:

@@ -58,8 +58,16 @@ class Device:
         watch: Watch,
         *,
         fatal: Callable[[BaseException], None] | None = None,
+        busy: Callable[[bool], object] = lambda busy: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Make it.
+
+        Args:
+            busy: told when the device begins to have work (True) and when it has none (False).
+        """
+        self._tell_busy = busy
+        self._is_busy = False
         self._batcher = batcher
         self._recorder = recorder
         self._ledger = ledger
@@ -99,6 +107,7 @@ class Device:
             batch = None
             if not self._closing.is_set():
                 batch = self._batcher.next_batch(pending is None, self._residency.resident())
+            self._note_busy(batch is not None or pending is not None)
             launched = self._launch(batch) if batch is not None else None
             if pending is not None:
                 self._settle(pending)
@@ -111,6 +120,11 @@ class Device:
                     self._settle(launched)
             elif batch is None and not self._closing.is_set():
                 self._batcher.wait(IDLE_SECONDS)
+
+    def _note_busy(self, busy: bool) -> None:
+        if busy is not self._is_busy:
+            self._is_busy = busy
+            self._tell_busy(busy)
 
     # --- one batch ----------------------------------------------------------------------------------------
 

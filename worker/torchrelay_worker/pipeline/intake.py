@@ -2,7 +2,7 @@
 
 A Celery task hands over a chunk's id and waits until it is claimed; what is claimed goes to the preparing threads once
 its model is loaded. While Redis is away, chunks are claimed straight from SQL. A chunk whose last holder died may have
-been the cause, and runs alone. Not here: Celery itself (`consumer`).
+been the cause, and runs alone. A training run is handed to whoever starts its process. Not here: Celery (`consumer`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,7 +40,26 @@ class Claims(Protocol):
     def claim_next(self, models: Sequence[int], worker: int, limit: int) -> list[Claimed]: ...
 
 
-@dataclass(slots=True)
+class Runs(Protocol):
+    """What the intake needs of a Launcher of training runs."""
+
+    def has_room(self) -> bool: ...
+    def start(self, claimed: Claimed) -> None: ...
+
+
+class NoRuns:
+    """Of a worker that does not train."""
+
+    def has_room(self) -> bool:
+        """Never."""
+        return False
+
+    def start(self, claimed: Claimed) -> None:
+        """Cannot be: no lane is served."""
+        raise AssertionError(f"chunk {claimed.chunk} is a training run, and this worker does not train")
+
+
+@dataclass(slots=True, eq=False)
 class _Offer:
     model: str
     chunk: int
@@ -66,6 +85,8 @@ class Intake:
         redis_is_up: Callable[[], bool],
         opened: Callable[[], object] = lambda: None,
         alone: Callable[[int | None], object] = lambda chunk: None,
+        lanes: Callable[[], Collection[int]] = frozenset,
+        runs: Runs | None = None,
         fatal: Callable[[BaseException], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -73,6 +94,8 @@ class Intake:
 
         Args:
             served: the models that this worker serves: name -> id.
+            lanes: which of them are lanes of training runs.
+            runs: who starts these.
             wake: has a model's next chunks announced.
             opened: called when there is room again.
             alone: told which chunk is the only one that runs from now on; None: that is over.
@@ -89,6 +112,8 @@ class Intake:
         self._redis_is_up = redis_is_up
         self._opened = opened
         self._alone = alone
+        self._lanes = lanes
+        self._runs = runs or NoRuns()
         self._fatal = fatal
         self._clock = clock
         self._changed = threading.Condition()
@@ -135,7 +160,7 @@ class Intake:
         """
         offer = _Offer(model, chunk)
         with self._changed:
-            if self._closing:
+            if self._closing or self._is_full_lane(model):
                 return False
             self._offers.append(offer)
             self._last_message = self._clock()
@@ -150,7 +175,13 @@ class Intake:
         number = self._served().get(model)
         return number is None or self._has_room(number)
 
+    def _is_full_lane(self, model: str) -> bool:
+        """A run takes hours: a message that comes too late for this worker's place is another worker's at once."""
+        return self._served().get(model) in self._lanes() and not self._runs.has_room()
+
     def _has_room(self, model: int) -> bool:
+        if model in self._lanes():
+            return self._runs.has_room()
         if self._suspects or self._is_alone:
             return False
         chunks, jobs = self._ledger.ahead(model)
@@ -191,6 +222,7 @@ class Intake:
                     self._claim(ready)
                 elif self._clock() - self._last_message > QUIET_SECONDS:
                     self._claim_without_redis()
+                self._turn_away()
                 if self._suspects or self._is_alone:
                     self._send_next_suspect()
                 self._wake_announcer()
@@ -207,10 +239,12 @@ class Intake:
     def _ready(self) -> list[_Offer]:
         return [offer for offer in self._offers if self.has_room(offer.model)]
 
-    def _claim(self, offers: Sequence[_Offer]) -> None:
+    def _claim(self, ready: Sequence[_Offer]) -> None:
         # Several small chunks that wait are claimed by one statement; their jobs share device batches anyway.
-        claimed = self._store.claim([offer.chunk for offer in offers], self._worker)
-        self._enter(claimed)
+        # Of runs one at a time: each takes a place.
+        first = next((offer for offer in ready if self._served().get(offer.model) in self._lanes()), None)
+        offers = [offer for offer in ready if offer is first or self._served().get(offer.model) not in self._lanes()]
+        self._enter(self._store.claim([offer.chunk for offer in offers], self._worker))
         answered = set(map(id, offers))
         with self._changed:
             self._offers = [offer for offer in self._offers if id(offer) not in answered]
@@ -218,6 +252,14 @@ class Intake:
             offer.taken = True
             offer.answered.set()
         self._to_wake.update(offer.model for offer in offers)
+
+    def _turn_away(self) -> None:
+        """Give back the messages of runs that came before this worker's place was taken by another."""
+        with self._changed:
+            full = [offer for offer in self._offers if self._is_full_lane(offer.model)]
+            self._offers = [offer for offer in self._offers if offer not in full]
+        for offer in full:
+            offer.answered.set()
 
     def _wake_announcer(self) -> None:
         """Have announced what may follow what was claimed; for each model not more often than WAKE_SECONDS."""
@@ -231,6 +273,11 @@ class Intake:
         models = [number for number in self._served().values() if self._has_room(number)]
         if not models or self._redis_is_up():
             return
+        lanes = [number for number in models if number in self._lanes()]
+        for lane in lanes:
+            if self._has_room(lane):
+                self._enter(self._store.claim_next([lane], self._worker, 1))
+        models = [number for number in models if number not in lanes]
         while models:
             claimed = self._store.claim_next(models, self._worker, SQL_LIMIT)
             self._enter(claimed)
@@ -239,7 +286,10 @@ class Intake:
             models = [number for number in models if self._has_room(number)]
 
     def _enter(self, claimed: Sequence[Claimed]) -> None:
-        for hold in self._ledger.claim(claimed):
+        lanes = self._lanes()
+        for run in (c for c in claimed if c.model in lanes):
+            self._runs.start(run)
+        for hold in self._ledger.claim([c for c in claimed if c.model not in lanes]):
             if hold.claimed.suspect:
                 self._suspects.append(hold)
             else:

@@ -34,6 +34,9 @@ from torchrelay_worker.pipeline.recorder import Recorder
 from torchrelay_worker.pipeline.serving import Serving
 from torchrelay_worker.pipeline.warden import Warden
 from torchrelay_worker.pipeline.watch import Watch
+from torchrelay_worker.training.gate import Gate
+from torchrelay_worker.training.lanes import Lanes
+from torchrelay_worker.training.launcher import Launcher
 
 log = structlog.get_logger("torchrelay.pipeline")
 
@@ -52,6 +55,9 @@ class Setup:
         threads: preparing threads.
         max_loaded: models loaded at a time; None: as many as the device's memory takes.
         grace: seconds that the running device batch and the recording have when the pipeline stops.
+        lanes: of a worker that trains; None: it does not.
+        launcher: starts its runs.
+        gate: by which inference goes before a run on the same device.
     """
 
     database: Database
@@ -65,6 +71,9 @@ class Setup:
     threads: int = 2
     max_loaded: int | None = None
     grace: float = 30.0
+    lanes: Lanes | None = None
+    launcher: Launcher | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,8 @@ class Pipeline:
         self.pace = Pace()
         self.ledger = Ledger()
         self.batcher: Batcher[Work] = Batcher()
-        self.serving = Serving(registry, setup.handlers, setup.models)
+        self.serving = Serving(registry, setup.handlers, setup.models, setup.lanes)
+        self.launcher = setup.launcher
         self.residency = Residency(
             registry,
             setup.handlers,
@@ -118,7 +128,15 @@ class Pipeline:
             pace=self.pace,
             fatal=fatal,
         )
-        self.device = Device(self.batcher, self.recorder, self.ledger, self.residency, self.watch, fatal=fatal)
+        self.device = Device(
+            self.batcher,
+            self.recorder,
+            self.ledger,
+            self.residency,
+            self.watch,
+            fatal=fatal,
+            busy=setup.gate.set if setup.gate is not None else lambda busy: None,
+        )
         self.preparer = Preparer(
             self.batcher,
             self.recorder,
@@ -141,9 +159,19 @@ class Pipeline:
             redis_is_up=road.is_up,
             opened=self._on_room,
             alone=alone,
+            lanes=self.serving.lanes,
+            runs=setup.launcher,
             fatal=fatal,
         )
-        self.warden = Warden(self._chunks, self.ledger, self.batcher, worker=setup.worker)
+        self.warden = Warden(
+            self._chunks,
+            self.ledger,
+            self.batcher,
+            worker=setup.worker,
+            elsewhere=setup.launcher.chunks if setup.launcher is not None else frozenset,
+        )
+        if setup.launcher is not None:
+            setup.launcher.changed = self.intake.nudge
         self.opened: Callable[[], object] = lambda: None  # called when there is room for more messages
         self.ledger.changed = self.intake.nudge
         self.ledger.released = self.intake.unpin
@@ -181,11 +209,15 @@ class Pipeline:
             self._stopping.set()
             until = time.monotonic() + self._setup.grace
             self.intake.stop(timeout=HAND_BACK_SECONDS)
+            if self.launcher is not None:
+                self.launcher.ask_to_end()
             self.preparer.stop(timeout=1.0)
             self.device.stop(max(0.1, until - time.monotonic()))
             self.recorder.stop(max(1.0, until - time.monotonic()))
             if self._keeper.is_alive():
                 self._keeper.join(HAND_BACK_SECONDS)
+            if self.launcher is not None:
+                self.launcher.stop()
             return self._hand_back(self.ledger.holds())
 
     def _hand_back(self, holds: Sequence[Hold]) -> bool:
@@ -246,5 +278,6 @@ class Pipeline:
             "batches": self.device.batches,
             "held": len(self.ledger),
             "loaded": self.residency.names(),
+            "runs": self.launcher.shown() if self.launcher is not None else None,
             "not_loaded": self.residency.failures(),
         }

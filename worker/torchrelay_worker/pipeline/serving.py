@@ -1,5 +1,8 @@
-"""Which models this worker serves: those it was asked for, else all whose handler is installed here. Looked up anew
-each second, so that a model registered a moment ago is served without a restart."""
+"""Which models this worker serves: those it was asked for, else all whose handler is installed here.
+
+Looked up anew each second, so that a model registered a moment ago is served without a restart. Where the worker
+trains, also the lanes of its recipes.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,33 @@ class Versions(Protocol):
     def set_chunk_size(self, version: int, chunk_size: int) -> None: ...
 
 
+class Trains(Protocol):
+    """What is needed of the Lanes of a worker that trains."""
+
+    def names(self) -> Mapping[str, int]: ...
+
+
 class Serving:
     """The served models by name, and the chunk sizes that suit them."""
 
-    def __init__(self, registry: Versions, handlers: Handlers, asked_for: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        registry: Versions,
+        handlers: Handlers,
+        asked_for: Sequence[str] | None = None,
+        lanes: Trains | None = None,
+    ) -> None:
+        """Make it.
+
+        Args:
+            asked_for: the models to serve; empty: none, None: all whose handler is installed here.
+            lanes: of a worker that trains.
+        """
         self._registry = registry
         self._handlers = handlers
-        self._asked_for = frozenset(asked_for) if asked_for else None
+        self._asked_for = frozenset(asked_for) if asked_for is not None else None
+        self._lanes = lanes
+        self._lane_ids: frozenset[int] = frozenset()
         self._lock = threading.Lock()
         self._served: dict[str, int] = {}
         self._versions: dict[int, ModelVersion] = {}
@@ -41,14 +64,20 @@ class Serving:
         """Return the served models: name -> id."""
         return self._served
 
+    def lanes(self) -> frozenset[int]:
+        """Return the ids of the served lanes of training runs."""
+        return self._lane_ids
+
     def look(self) -> None:
         """Learn of new models. Raises Unreachable."""
+        lanes = self._lanes.names() if self._lanes is not None else {}
         versions = self._registry.versions()
         newest: dict[str, ModelVersion] = {}
         for version in versions:  # the newest of each name first
             newest.setdefault(version.name, version)
-        served = {name: v.model for name, v in newest.items() if self._serves(v)}
+        served = {name: v.model for name, v in newest.items() if self._serves(v)} | dict(lanes)
         with self._lock:
+            self._lane_ids = frozenset(lanes.values())
             added = [name for name in served if name not in self._served]
             self._served = served
             self._versions = {v.id: v for v in versions}

@@ -5,7 +5,7 @@ So it learns of cancelled jobs, and of chunks that were rescued from it. Not her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -39,12 +39,19 @@ class Warden:
         *,
         worker: int,
         lost: Callable[[int], None] = lambda chunks: None,
+        elsewhere: Callable[[], Collection[int]] = frozenset,
     ) -> None:
+        """Make it.
+
+        Args:
+            elsewhere: chunks that this worker holds outside the ledger, such as training runs: no strays.
+        """
         self._store = store
         self._ledger = ledger
         self._batcher = batcher
         self._worker = worker
         self._lost = lost
+        self._elsewhere = elsewhere
         self._strays: dict[tuple[int, int], int] = {}
         self._idle_looks = 0
 
@@ -89,7 +96,8 @@ class Warden:
         self._ledger.ended(self._batcher.discard(lambda work: not work.is_wanted, versions))
 
     def _return_strays(self, mine: dict[int, Hold], held: dict[int, Held]) -> None:
-        strays = {(h.chunk, h.token) for h in held.values() if h.chunk not in mine}
+        elsewhere = self._elsewhere()
+        strays = {(h.chunk, h.token) for h in held.values() if h.chunk not in mine and h.chunk not in elsewhere}
         self._strays = {stray: self._strays.get(stray, 0) + 1 for stray in strays}
         back = [stray for stray, seen in self._strays.items() if seen >= STRAY_ROUNDS]
         if back:
