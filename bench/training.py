@@ -22,33 +22,11 @@ from system import system, workers
 
 from torchrelay import Relay
 from torchrelay.settings import Settings
-from torchrelay_storage.run_spec import RunSpec, read_spec
+from torchrelay_storage.run_spec import RunSpec
 
+BARE = Path(__file__).with_name("bare_training.py")
 THREADS = "1"
 RECIPE = "image-classification"
-
-
-def bare(specification: Path) -> None:
-    """Train without torchrelay's queue. Run in a process of its own."""
-    import torch
-
-    from torchrelay_worker.training.loop import Training
-    from torchrelay_worker.training.materials import make_recipe, prepare
-    from torchrelay_worker.training.randomness import set_deterministic
-    from torchrelay_worker.training.reporter import Reporter
-    from torchrelay_worker.training.sources import Sources
-    from torchrelay_worker.training.team import Team
-
-    torch.set_num_threads(int(THREADS))
-    settings, spec = Settings.load(), read_spec(json.loads(specification.read_bytes()))
-    set_deterministic(spec.deterministic)
-    recipe = make_recipe(spec, settings)
-    with Team("cpu", spec.precision) as team:
-        ended = Training(prepare(spec, recipe, Sources(settings, team)), team, Reporter(None)).train()
-    assert ended.module is not None
-    with tempfile.TemporaryDirectory() as folder:
-        recipe.export(ended.module, Path(folder))
-    print(json.dumps(dict(ended.metrics)))
 
 
 def time_bare(settings: Settings, spec: RunSpec, folder: Path) -> tuple[float, float]:
@@ -57,7 +35,7 @@ def time_bare(settings: Settings, spec: RunSpec, folder: Path) -> tuple[float, f
     path.write_text(spec.model_dump_json())
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, __file__, "--bare", str(path)], check=True, capture_output=True, text=True,
+        [sys.executable, str(BARE), str(path)], check=True, capture_output=True, text=True,
         env={**os.environ, **settings.as_environment(), "OMP_NUM_THREADS": THREADS},
     )  # fmt: skip
     seconds = time.perf_counter() - began
@@ -77,11 +55,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], action="append")
-    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare is not None:
-        bare(arguments.bare)
-        return
     import numpy as np
     from sklearn.datasets import load_digits
 

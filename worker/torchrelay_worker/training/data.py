@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +244,9 @@ def _read_pictures(path: Path) -> Table:
 
 
 def _refuse_twice(names: Sequence[str]) -> None:
-    for name in _repeated(names):
-        raise InvalidDataset(f"two columns are named {name!r}; rename one", column=name)
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise InvalidDataset(f"{n} columns are named {name!r}; rename them", column=name)
 
 
 _READERS = {
