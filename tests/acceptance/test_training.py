@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import number_words
+from servers import wait_until
 from torchrelay import Relay
 from torchrelay.settings import Settings
 from torchrelay_storage.artifacts import Artifacts
@@ -48,11 +49,7 @@ def train(relay: Relay, settings: Settings, tmp_path: Path) -> Train:
         words = ["train", model, "--recipe", recipe, "--dataset", str(dataset), "--wait", "--json"]
         for name, value in options.items():
             words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / "torchrelay"), *words], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, **settings.as_environment()}, timeout=200, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        command(settings, tmp_path, *words)
         run = relay.runs(model=model, limit=1)[0]
         return run.model, run.result()
 
@@ -62,6 +59,15 @@ def train(relay: Relay, settings: Settings, tmp_path: Path) -> Train:
         return run.model, result
 
     return by_command if settings.database_url.startswith("sqlite") else by_python
+
+
+def command(settings: Settings, folder: Path, *words: str) -> None:
+    """Run `torchrelay` with these words in a folder."""
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "torchrelay"), *words], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, **settings.as_environment()}, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def exported(relay: Relay, settings: Settings, ref: str, tmp_path: Path) -> tuple[Path, Mapping[str, Any]]:
@@ -120,6 +126,32 @@ def test_breast_cancer(relay: Relay, train: Train, settings: Settings, tmp_path:
     probabilities, labels = bare.softmax(1).max(1)
     assert [o["label"] for o in outputs] == [config["classes"][i] for i in labels.tolist()]
     np.testing.assert_allclose([o["probability"] for o in outputs], probabilities, atol=1e-5)
+
+    # A second version, not as good: promoted by mistake, and rolled back, while the worker runs.
+    poor, _ = train("cancer", "tabular-classification", dataset, target="diagnosis", epochs=1)
+    assert (ref, poor) == ("cancer@1", "cancer@2")
+    served = []
+    for move in (["promote", "cancer@1"], ["promote", "cancer@2"], ["rollback", "cancer"]):
+        steer(relay, settings, tmp_path, *move)
+        wanted = {"cancer": "cancer@1"}.get(move[1], move[1])
+        # A client that has resolved the alias before uses it for some seconds more where another process has moved it.
+        wait_until(lambda wanted=wanted: relay.submit("cancer@champion", inputs[0]).model == wanted, 10, "the move")
+        job = relay.submit("cancer@champion", inputs[0])
+        job.result(timeout=60)
+        served.append(job.refresh().model)
+    assert served == ["cancer@1", "cancer@2", "cancer@1"]
+    assert [move.version for move in relay.alias_history("cancer")] == [1, 2, 1]
+    assert relay.submit("cancer", inputs[0]).model == "cancer@2", "without an alias it is the newest"
+
+
+def steer(relay: Relay, settings: Settings, folder: Path, move: str, what: str) -> None:
+    """Move the alias `champion`: by the command line on SQLite, by Python on PostgreSQL."""
+    if settings.database_url.startswith("sqlite"):
+        command(settings, folder, "models", move, what, "--alias", "champion")
+    elif move == "promote":
+        relay.promote(what, alias="champion")
+    else:
+        relay.rollback(what, alias="champion")
 
 
 def test_diabetes(relay: Relay, train: Train, settings: Settings, tmp_path: Path) -> None:

@@ -204,6 +204,27 @@ def test_inference_goes_on_beside_a_run_and_the_run_beside_inference(relay: Rela
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_two_devices_give_the_curve_of_one_and_leave_nothing_behind(relay: Relay, trainer: Callable[..., Any]) -> None:
+    worker = trainer()
+    plan = {"epochs": 4, "momentum": 0.9, "learning_rate": 0.05}
+    one, two = train(relay, **plan), train(relay, **plan, devices=2)
+    one.wait(timeout=60)
+    two.wait(timeout=100)
+    assert [one.state, two.state] == ["succeeded", "succeeded"], two.error
+    for single, double in zip(points(one), points(two), strict=True):
+        assert single[:2] == double[:2]
+        assert single[2] == pytest.approx(double[2], rel=1e-3, abs=1e-4)
+
+    long = train(relay, epochs=200, seconds=0.05, devices=2)
+    wait_until(lambda: long.refresh().progress.step > 3, 100, "some steps")
+    assert len([c for c in worker.children if "training.process" in " ".join(c.cmdline())]) == 3, "two, and torch's"
+    assert worker.stop() == 0
+    assert long.refresh().state == "queued"
+    assert long.checkpoints()
+    assert "Traceback" not in worker.log
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("fault", ["dead", "emptied"])
 def test_runs_are_found_without_redis(
     relay: Relay, trainer: Callable[..., Any], redis_server: RedisServer, fault: str

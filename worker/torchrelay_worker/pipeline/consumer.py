@@ -5,6 +5,7 @@ A real one: Celery's `inspect` and Flower see it, SIGTERM shuts it down warmly. 
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import warnings
@@ -99,6 +100,8 @@ class Consumer:
 
     def _define_task(self) -> None:
         intake = self._intake
+        # A message that goes back to the others is no news; Celery would show a traceback for each.
+        logging.getLogger("celery.app.trace").addFilter(_is_no_reject)
 
         @self._app.task(name=messages.TASK, bind=True, acks_late=True, ignore_result=True)
         def run_chunk(task: Any, *args: Any) -> None:
@@ -111,7 +114,7 @@ class Consumer:
             model = messages.model_of(queue)
             # Acknowledged once claimed; who ends before leaves it to the others.
             if not intake.offer(model or "", chunk):
-                raise Reject("this worker ends", requeue=True)
+                raise Reject("for another worker", requeue=True)
 
     def _gate(self) -> None:
         intake = self._intake
@@ -156,6 +159,11 @@ class Consumer:
             queue = messages.queue_name(model)
             if not consumer.task_consumer.consuming_from(queue):
                 consumer.add_task_queue(queue)
+
+
+def _is_no_reject(record: logging.LogRecord) -> bool:
+    context = getattr(record, "data", None)
+    return not (isinstance(context, dict) and context.get("description") == "rejected")
 
 
 def _nothing() -> None:

@@ -279,6 +279,8 @@ class Training:
         self.best = snapshot.best
         if self.best is not None:
             self.reporter.best(self.best.step, self.best.value)
+        if self.best is not None:
+            self.reporter.best(self.best.step, self.best.value)
         self.bare.load_state_dict(snapshot.weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

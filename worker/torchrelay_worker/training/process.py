@@ -179,8 +179,8 @@ class Process:
             self._reporter.enter("")
             with contextlib.suppress(Unreachable):
                 self._reporter.flush()
-            self._writer.hand_back()
-            print(f"run {self._name} rests", flush=True)
+            back = self._writer.hand_back()
+            print(f"run {self._name} {'rests' if back else 'was taken from this worker, or cancelled'}", flush=True)
         else:
             self._reporter.enter("exporting")
             self._reporter.flush()
