@@ -1,9 +1,10 @@
 """A training run through the queue beside the same loop run bare, in pairs: what the queue costs.
 
-python bench/training.py [--pairs 5] [--epochs 60] [--database sqlite|postgresql]
+python bench/training.py [--pairs 5] [--epochs 60] [--database sqlite|postgresql] [--one-by-one]
 
 Both start a process, read the same file, train the same digits classifier by the same loop with the same seed on one
-thread, and export it; bare has no database, no Redis, no checkpoints and no registry. A pair's order alternates.
+thread, and export it; bare has no database, no Redis, no checkpoints and no registry. The two of a pair run side by
+side, on two cores, so that what disturbs the machine disturbs both; with --one-by-one in turns, whose order alternates.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from system import system, workers
@@ -29,8 +31,8 @@ THREADS = "1"
 RECIPE = "image-classification"
 
 
-def time_bare(settings: Settings, spec: RunSpec, folder: Path) -> tuple[float, float]:
-    """Return the seconds and the accuracy of a bare run."""
+def time_bare(settings: Settings, spec: RunSpec, folder: Path) -> tuple[float, float, RunSpec]:
+    """Return the seconds and the accuracy of a bare run, and what was run."""
     path = folder / "spec.json"
     path.write_text(spec.model_dump_json())
     began = time.perf_counter()
@@ -43,7 +45,7 @@ def time_bare(settings: Settings, spec: RunSpec, folder: Path) -> tuple[float, f
         result = next(line for line in process.stdout if line.startswith("{"))
         seconds = time.perf_counter() - began
         process.stdout.read()
-    return seconds, json.loads(result)["accuracy"]
+    return seconds, json.loads(result)["accuracy"], spec
 
 
 def time_queued(relay: Relay, dataset: Path, epochs: int) -> tuple[float, float, RunSpec]:
@@ -58,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--one-by-one", action="store_true")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], action="append")
     arguments = parser.parse_args()
     import numpy as np
@@ -77,15 +80,17 @@ def main() -> None:
             spec = spec.model_copy(update={"hyperparameters": spec.hyperparameters | {"epochs": arguments.epochs}})
             ratios = []
             for pair in range(arguments.pairs):
-                times = {}
-                accuracies = set()
-                for way in ("bare", "queued") if pair % 2 else ("queued", "bare"):
-                    if way == "bare":
-                        times[way], accuracy = time_bare(settings, spec, Path(name))
-                    else:
-                        times[way], accuracy, _ = time_queued(relay, dataset, arguments.epochs)
-                    accuracies.add(accuracy)
-                assert len(accuracies) == 1, "both train the same"
+                order = ("bare", "queued") if pair % 2 else ("queued", "bare")
+                with ThreadPoolExecutor(1 if arguments.one_by_one else 2) as pool:
+                    futures = {}
+                    for way in order:
+                        if way == "queued":
+                            futures[way] = pool.submit(time_queued, relay, dataset, arguments.epochs)
+                        else:
+                            futures[way] = pool.submit(time_bare, settings, spec, Path(name))
+                    found = {way: future.result() for way, future in futures.items()}
+                times = {way: figures[0] for way, figures in found.items()}
+                assert len({figures[1] for figures in found.values()}) == 1, "both train the same"
                 ratios.append(times["queued"] / times["bare"])
                 figures = {way: round(seconds, 2) for way, seconds in times.items()}
                 print(json.dumps({"database": kind, **figures, "ratio": round(ratios[-1], 4)}), flush=True)
