@@ -207,7 +207,7 @@ def test_a_recipe_that_is_a_function(inline_relay: InlineRelay) -> None:
     assert result["metrics"] == {"accuracy": 0.6}
     assert (specs[0].hyperparameters["epochs"], specs[0].dataset.format) == (3, "jsonl")
     run = inline_relay.train("digits", recipe="image-classification", dataset=data, promote="champion", key="k")
-    assert (run.state, run.model, run.progress.phase) == (JobState.SUCCEEDED, "digits@2", "done")
+    assert (run.state, run.model, run.progress.phase) == (JobState.SUCCEEDED, "digits@2", "")
     assert inline_relay.train(
         "digits", recipe="image-classification", dataset=data, promote="champion", key="k"
     ) == run  # fmt: skip

@@ -20,7 +20,10 @@ from torchrelay_worker.models.model import collate, move, nan_rows, split
 def test_the_package_is_imported_without_torch() -> None:
     code = "import sys, torchrelay_worker; assert 'torch' not in sys.modules; torchrelay_worker.Model"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert set(torchrelay_worker.__all__) == {"InvalidInput", "Model", "Weights"}
+    assert set(torchrelay_worker.__all__) == {
+        "Exported", "InvalidDataset", "InvalidInput", "Model", "Recipe", "Table", "Weights",
+    }  # fmt: skip
+    assert all(hasattr(torchrelay_worker, name) for name in torchrelay_worker.__all__)
     with pytest.raises(AttributeError):
         torchrelay_worker.Missing  # noqa: B018
 
