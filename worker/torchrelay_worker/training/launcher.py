@@ -193,7 +193,8 @@ class Launcher:
         look_at, kill_at = started + HELD_SECONDS, float("inf")
         asked = cut = False
         while child.process.poll() is None:
-            run.ending.wait(LOOK_SECONDS) if not asked else time.sleep(LOOK_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(LOOK_SECONDS)  # its place is the next run's as soon as it has ended
             now = time.monotonic()
             if run.ending.is_set() and not asked:
                 asked, kill_at = True, now + self._site.grace

@@ -77,6 +77,8 @@ class Process:
             self._run()
         except BaseException as error:  # the recipe is an author's code: whatever it raises is the run's failure
             return self._fail(error)
+        finally:
+            self._database.dispose()
         return 0
 
     def _run(self) -> None:
@@ -276,4 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch down in order takes most of a second, for which the next run would wait
