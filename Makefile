@@ -7,8 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 # More arguments for pip (for example where torch's wheels are) and for pytest (for example tests/unit -k batch).
 PIP_ARGS ?=
-# Tests side by side; they wait for servers and workers more than they compute.
-JOBS ?= 2
 ARGS ?=
 # Tests side by side; they wait for servers and workers more than they compute.
 JOBS ?= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -75,8 +76,9 @@ def test_submits_go_on_while_redis_is_away(
             with Relay(settings=settings) as fresh:  # a client that never saw Redis
                 jobs.append(fresh.submit("double", i))
                 fresh_times.append(time.monotonic() - began)
-        assert max(times) < 1.0, "the promise: each within a second"
-        assert max(fresh_times) < 1.0
+        # Who waits for Redis waits 0.7 s each time: the median tells, whatever else a loaded machine holds up once.
+        assert statistics.median(times) < 0.5, f"the promise: within a second, whatever Redis does; {times}"
+        assert statistics.median(fresh_times) < 0.5, f"also of a client that never saw Redis; {fresh_times}"
     finally:
         (redis_server.restart if fault == "dead" else redis_server.resume)()
     assert [relay.job(job.id).result(timeout=60) for job in jobs] == [2 * i for i in range(8)]
