@@ -1,6 +1,7 @@
 """A version's weights: fetched from the artifact store once, checked against the recorded sha256 at each load, read.
 
-safetensors, state_dict files through `weights_only`, and torch.export programs; never a pickle that could run code.
+safetensors, state_dict files through `weights_only`, and torch.export programs (`programs`); never a pickle that could
+run code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torchrelay_storage.artifacts import Artifacts, file_sha256
 from torchrelay_storage.errors import Corrupt, InvalidInput
 from torchrelay_storage.registry import ModelVersion
+from torchrelay_worker.models.programs import load_program
 
 SAFETENSORS = frozenset({".safetensors"})
 STATE_DICTS = frozenset({".pt", ".pth", ".bin"})
@@ -64,15 +66,12 @@ class Weights:
 
         Raises:
             InvalidInput: there are no weights, or they are of another kind.
-            Corrupt: the file is no program that this torch can read.
+            Corrupt: the file is no program that this torch can read, or does more than PyTorch's operators do.
         """
         path = self._need()
         if path.suffix.lower() not in PROGRAMS:
             raise InvalidInput(f"{path.name} is no torch.export program; its name must end in .pt2")
-        try:
-            return torch.export.load(str(path)).module()
-        except Exception as error:
-            raise Corrupt(f"{path.name} cannot be read as a torch.export program: {error}") from error
+        return load_program(path)
 
     def _need(self) -> Path:
         if self.path is None:
