@@ -45,6 +45,10 @@ _NOTE = text("""
     INSERT INTO alias_moves (model, alias, version, rollback, at, by)
     VALUES (:model, :alias, CAST(:version AS INTEGER), CAST(:rollback AS BOOLEAN), :at, :by)
 """)
+_MOVED = text("""
+    SELECT 1 FROM alias_moves a JOIN models m ON m.id = a.model
+    WHERE m.name = :model AND a.alias = :alias AND a.at = :at AND a.rollback
+""")
 _MOVES = "SELECT alias, version, at, by, rollback FROM alias_moves WHERE model = :model"
 
 
@@ -95,7 +99,10 @@ class AliasStore:
                 raise ModelNotFound(f"model {model!r} has no alias {alias!r}")
             self._note(connection, number, alias, None, by)
 
-        self._db.transact(work)
+        def is_done(connection: Connection, _: None) -> bool:
+            return self._present(connection, self._find(connection, model), alias) is None
+
+        self._db.transact(work, is_done)
 
     def of(self, model: str) -> dict[str, int]:
         """Return what the aliases of a model stand for: alias -> number of the version. Raises ModelNotFound."""
@@ -131,7 +138,7 @@ class AliasStore:
         """
         statement = text(f"{_MOVES} AND alias = :alias ORDER BY id")
 
-        def work(connection: Connection) -> int:
+        def work(connection: Connection) -> tuple[int, float]:
             number = self._lock(connection, model)
             present = self._present(connection, number, alias)
             before = _before(list(connection.execute(statement, {"model": number, "alias": alias})), present)
@@ -139,10 +146,13 @@ class AliasStore:
                 now = f"{model}@{present} is the first" if present is not None else "it never stood for any"
                 raise InvalidInput(f"alias {alias!r} of model {model!r} has no version to go back to: {now}")
             connection.execute(_SET, {"model": number, "alias": alias, "version": before})
-            self._note(connection, number, alias, before, by, rollback=True)
-            return before
+            return before, self._note(connection, number, alias, before, by, rollback=True)
 
-        return self._db.transact(work)
+        def is_done(connection: Connection, result: tuple[int, float]) -> bool:
+            row = {"model": model, "alias": alias, "at": result[1]}
+            return connection.execute(_MOVED, row).first() is not None
+
+        return self._db.transact(work, is_done)[0]
 
     def _lock(self, connection: Connection, model: str) -> int:
         return self._find(connection, model, self._db.dialect.lock)
@@ -160,9 +170,11 @@ class AliasStore:
 
     def _note(
         self, connection: Connection, model: int, alias: str, version: int | None, by: str, *, rollback: bool = False
-    ) -> None:
-        row = {"model": model, "alias": alias, "version": version, "rollback": rollback, "by": by}
-        connection.execute(_NOTE, row | {"at": self._db.clock(connection)})
+    ) -> float:
+        now = self._db.clock(connection)
+        row = {"model": model, "alias": alias, "version": version, "rollback": rollback, "by": by, "at": now}
+        connection.execute(_NOTE, row)
+        return now
 
 
 def _before(moves: Sequence[Row[Any]], present: int | None) -> int | None:

@@ -121,6 +121,13 @@ class BatchStore:
 
         return work(connection) if connection is not None else self._db.transact(work)
 
+    def of_key(self, model: int, tenant: str, key: str) -> BatchRow | None:
+        """Return the batch that a tenant submitted to this model under a key."""
+        statement = text(f"{_SELECT} WHERE b.tenant = :tenant AND b.model = :model AND b.key = :key")
+        scope = {"tenant": tenant, "model": model, "key": key}
+        row = self._db.query(lambda connection: connection.execute(statement, scope).one_or_none())
+        return _batch(row) if row is not None else None
+
     def get(self, batch: int) -> BatchRow:
         """Return a batch. Raises BatchNotFound."""
         statement = text(f"{_SELECT} WHERE b.id = :id")

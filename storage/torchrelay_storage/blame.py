@@ -6,11 +6,15 @@ its own fault, and what it has done is in its checkpoints: only deaths without a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, bindparam, text
 
-from torchrelay_storage.job_reader import JobError, encode_error
+from torchrelay_storage.attempts import Try, record_attempts
+from torchrelay_storage.job_error import JobError, encode_error
+from torchrelay_storage.options import DEFAULT_BACKOFF, Backoff
+from torchrelay_storage.settle import slices
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +30,12 @@ class Lost:
 _FAIL_ONCE = text("""
     UPDATE jobs SET failures = failures + 1, error = :error,
         state = CASE WHEN failures + 1 >= :most THEN 2 ELSE 0 END,
-        finished_at = CASE WHEN failures + 1 >= :most THEN :now ELSE NULL END
-    WHERE id = :job AND state = 0
-""")
+        worker = CASE WHEN failures + 1 >= :most THEN :worker END,
+        finished_at = CASE WHEN failures + 1 >= :most THEN :now END
+    WHERE id IN :jobs AND chunk = :chunk AND state = 0 RETURNING failures
+""").bindparams(bindparam("jobs", expanding=True))
+
+_WAIT = text("UPDATE chunks SET retrying = true, due = false, not_before = :at WHERE id = :chunk")
 
 _RETRYING = text("UPDATE chunks SET retrying = true WHERE id = :chunk")
 
@@ -44,25 +51,44 @@ _REST = text("UPDATE runs SET eta = NULL, updated_at = :now WHERE job = :job")
 _KEEP_ERROR = text("UPDATE jobs SET error = :error WHERE id = :job AND chunk = :chunk AND state = 0")
 
 
-def blame_job(connection: Connection, lost: Lost, now: float) -> None:
-    """Count one more failure, of type WorkerLost; the job fails with its last. The caller settles its chunk."""
-    message = f"{_worker(connection, lost)} was lost while it ran this job, and nothing else was to blame"
-    error = encode_error(JobError("WorkerLost", message))
-    connection.execute(_FAIL_ONCE, {"error": error, "most": lost.max_attempts, "now": now, "job": lost.job})
-    connection.execute(_RETRYING, {"chunk": lost.chunk})
+def blame(
+    connection: Connection,
+    lost: Sequence[Lost],
+    now: float,
+    error: JobError,
+    *,
+    backoff: Backoff | None = None,
+    final: bool = False,
+) -> None:
+    """Count one more failure for each of some jobs of one chunk; a job fails with its last, or waits for its next try.
+
+    The caller frees the chunk and settles it afterwards.
+
+    Args:
+        final: they fail for good, whatever their attempts: they would do the same again.
+    """
+    chunk, worker = lost[0].chunk, lost[0].worker
+    stored = encode_error(error)
+    record_attempts(connection, [Try(one.job, chunk, stored) for one in lost], "failed", worker, now)
+    row = {"error": stored, "most": 0 if final else lost[0].max_attempts, "now": now, "worker": worker, "chunk": chunk}
+    failures = [
+        n for run in slices([one.job for one in lost])
+        for n in connection.execute(_FAIL_ONCE, row | {"jobs": list(run)}).scalars()
+    ]  # fmt: skip
+    wait = (backoff or DEFAULT_BACKOFF).wait(min(failures, default=1) - 1)
+    connection.execute(_WAIT, {"chunk": chunk, "at": now + wait})
 
 
-def count_death(connection: Connection, lost: Lost, now: float, error: JobError | None = None) -> bool:
+def count_death(connection: Connection, lost: Lost, now: float, error: JobError) -> bool:
     """Count one more death of a run, which fails with its last. The caller settles its chunk, or lets it wait.
 
     Args:
-        error: what is known of it; None: that its worker was lost.
+        error: what is known of it.
 
     Returns:
         Whether the run goes on.
     """
     deaths = int(connection.execute(_DIE, {"job": lost.job, "now": now}).scalar_one())
-    error = error or JobError("WorkerLost", f"{_worker(connection, lost)} was lost while it trained this run")
     last = deaths >= lost.max_attempts
     if last and deaths > 1:
         message = f"{error.message} (death {deaths} without a checkpoint in between)"
@@ -70,18 +96,23 @@ def count_death(connection: Connection, lost: Lost, now: float, error: JobError 
     if last:
         end_run(connection, lost, now, error)
     else:
-        connection.execute(_KEEP_ERROR, {"job": lost.job, "chunk": lost.chunk, "error": encode_error(error)})
+        stored = encode_error(error)
+        record_attempts(connection, [Try(lost.job, lost.chunk, stored)], "lost", lost.worker, now)
+        connection.execute(_KEEP_ERROR, {"job": lost.job, "chunk": lost.chunk, "error": stored})
         connection.execute(_RETRYING, {"chunk": lost.chunk})
     return not last
 
 
 def end_run(connection: Connection, lost: Lost, now: float, error: JobError) -> None:
     """Let a run fail for good. The caller settles its chunk."""
-    row = {"job": lost.job, "chunk": lost.chunk, "worker": lost.worker, "error": encode_error(error), "now": now}
+    stored = encode_error(error)
+    record_attempts(connection, [Try(lost.job, lost.chunk, stored)], "failed", lost.worker, now)
+    row = {"job": lost.job, "chunk": lost.chunk, "worker": lost.worker, "error": stored, "now": now}
     connection.execute(_END_RUN, row)
     connection.execute(_REST, {"job": lost.job, "now": now})
 
 
-def _worker(connection: Connection, lost: Lost) -> str:
-    name = connection.execute(text("SELECT name FROM workers WHERE id = :id"), {"id": lost.worker}).scalar()
-    return f"worker {name or lost.worker}"
+def worker_name(connection: Connection, worker: int) -> str:
+    """Return `worker gpu-1`, for messages."""
+    name = connection.execute(text("SELECT name FROM workers WHERE id = :id"), {"id": worker}).scalar()
+    return f"worker {name or worker}"

@@ -1,23 +1,24 @@
-"""The hot table, whole: chunks announced, claimed, handed back, rescued, expired.
+"""The hot table: chunks announced, claimed, handed back, expired.
 
-Every move is one fenced statement over many rows (`states.CHUNK_MOVES`). Not here: what moves jobs (`job_store`).
+Every move is one fenced statement over many rows (`states.CHUNK_MOVES`). Not here: what moves jobs (`job_store`), and
+what becomes of a lost worker's chunks (`lost`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, text
 
-from torchrelay_storage.blame import Lost, blame_job, count_death
 from torchrelay_storage.database import Database
-from torchrelay_storage.settle import Moved, part, settle, slices
+from torchrelay_storage.lost import LostChunks
+from torchrelay_storage.options import Backoff
+from torchrelay_storage.settle import Moved, settle, slices
 from torchrelay_storage.states import ChunkState
 from torchrelay_storage.turns import advance
 
-RESCUE_SLICE = 200
 EXPIRE_SLICE = 200
 
 
@@ -80,6 +81,7 @@ class Claimed:
     max_attempts: int
     jobs: tuple[ClaimedJob, ...]
     suspect: bool = False
+    backoff: Backoff | None = None  # between its jobs' tries; None: the model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,11 @@ class Held:
 def _chunks(statement: str) -> Any:
     return text(statement).bindparams(bindparam("chunks", expanding=True))
 
+
+# What a worker that counts as stopped took would only have to be rescued.
+_ALIVE = "AND EXISTS (SELECT 1 FROM workers w WHERE w.id = :worker AND w.stopped_at IS NULL)"
+
+_LET_WAIT = _chunks("UPDATE chunks SET state = 0, announced_at = NULL WHERE id IN :chunks AND state = 1")
 
 _READ_JOBS = _chunks("""
     SELECT j.id, j.chunk, j.input, j.failures
@@ -112,14 +119,13 @@ _EXPIRE_JOBS = _chunks("""
 """)
 
 
-class ChunkStore:
+class ChunkStore(LostChunks):
     """The moves of chunks."""
 
     def __init__(self, database: Database) -> None:
-        self._db = database
+        super().__init__(database)
         d = database.dialect
-        claimed = "c.id, c.token, c.model, c.version, c.batch, c.priority, c.timeout, c.max_attempts, c.suspect"
-        returning = claimed.replace("c.", "")
+        returning = "id, token, model, version, batch, priority, timeout, max_attempts, suspect, backoff"
         here = _not_paused(":model")
         self._ripen = text("UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= :now")
         self._next = text(f"""
@@ -138,29 +144,23 @@ class ChunkStore:
         """)
         self._again = _chunks("UPDATE chunks SET announced_at = :now WHERE id IN :chunks AND state = 1 RETURNING id")
         self._claimable = _chunks(f"""
-            SELECT c.id FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {_not_paused("c.model")} ORDER BY c.id {d.skip_locked}
+            SELECT c.id, c.suspect FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
+              AND (c.expires_at IS NULL OR c.expires_at > :now) {_not_paused("c.model")} {_ALIVE}
+            ORDER BY c.id {d.skip_locked}
         """)
         # One state and model at a time, so that an index gives the order: there may be a million that wait.
         self._claimable_next = [
             text(f"""
-                SELECT c.id FROM chunks c
+                SELECT c.id, c.suspect FROM chunks c
                 WHERE c.state = {state:d} AND c.due AND c.model = :model
-                  AND (c.expires_at IS NULL OR c.expires_at > :now) {here}
+                  AND (c.expires_at IS NULL OR c.expires_at > :now) {here} {_ALIVE}
                 ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
             """)
             for state in (ChunkState.ANNOUNCED, ChunkState.WAITING)
         ]
         self._claim = _chunks(f"""
-            UPDATE chunks SET state = 2, token = token + 1, worker = :worker, claimed_at = :now
+            UPDATE chunks SET state = 2, token = token + 1, worker = :worker, claimed_at = :now, alone = false
             WHERE id IN :chunks AND state IN (0, 1) RETURNING {returning}
-        """)
-        self._stale = text(f"""
-            SELECT c.id, c.batch, c.max_attempts, c.worker, c.suspect, m.training
-            FROM chunks c JOIN models m ON m.id = c.model
-            WHERE c.state = 2 AND NOT EXISTS (
-                SELECT 1 FROM workers w WHERE w.id = c.worker AND w.stopped_at IS NULL AND w.beat_at > :before)
-            ORDER BY c.id LIMIT :limit {d.skip_locked}
         """)
         self._too_late = text(f"""
             SELECT c.id, c.batch FROM chunks c
@@ -204,12 +204,19 @@ class ChunkStore:
 
         return self._db.transact(work)
 
-    def announce_again(self, model: int, older_than: float, limit: int) -> list[Announced]:
-        """Return chunks announced more than `older_than` seconds ago and not claimed, to be sent once more."""
+    def announce_again(
+        self, model: int, older_than: float, limit: int, waiting: Collection[int] = ()
+    ) -> list[Announced]:
+        """Return chunks announced more than `older_than` seconds ago and not claimed, to be sent once more.
+
+        Args:
+            waiting: chunks that are known to be still there.
+        """
 
         def work(connection: Connection) -> list[Announced]:
             now = self._db.clock(connection)
-            rows = connection.execute(self._overdue, {"model": model, "before": now - older_than, "limit": limit}).all()
+            scope = {"model": model, "before": now - older_than, "limit": limit + len(waiting)}
+            rows = [row for row in connection.execute(self._overdue, scope) if row.id not in waiting][:limit]
             if not rows:
                 return []
             moved = set(connection.execute(self._again, {"chunks": [r.id for r in rows], "now": now}).scalars())
@@ -246,8 +253,8 @@ class ChunkStore:
 
         def work(connection: Connection) -> list[Claimed]:
             now = self._db.clock(connection)
-            free = list(connection.execute(self._claimable, {"chunks": list(chunks), "now": now}).scalars())
-            return self._take(connection, free, worker, now)
+            row = {"chunks": list(chunks), "now": now, "worker": worker}
+            return self._take(connection, connection.execute(self._claimable, row).all(), worker, now)
 
         return self._db.transact(work)
 
@@ -259,17 +266,22 @@ class ChunkStore:
         def work(connection: Connection) -> list[Claimed]:
             now = self._db.clock(connection)
             connection.execute(self._ripen, {"now": now})
-            found: list[int] = []
+            found: list[Row[Any]] = []
             for statement in self._claimable_next:
                 for model in models:
                     if len(found) < limit:
-                        row = {"model": model, "limit": limit - len(found), "now": now}
-                        found.extend(connection.execute(statement, row).scalars())
+                        row = {"model": model, "limit": limit - len(found), "now": now, "worker": worker}
+                        found.extend(connection.execute(statement, row))
             return self._take(connection, found, worker, now)
 
         return self._db.transact(work)
 
-    def _take(self, connection: Connection, chunks: list[int], worker: int, now: float) -> list[Claimed]:
+    def _take(self, connection: Connection, free: Sequence[Row[Any]], worker: int, now: float) -> list[Claimed]:
+        # A suspect runs alone: whoever held two would hold one of them up, and both would be lost with the first.
+        suspects = [row.id for row in free if row.suspect]
+        if suspects[1:]:
+            connection.execute(_LET_WAIT, {"chunks": suspects[1:]})
+        chunks = [row.id for row in free if row.id not in suspects[1:]]
         if not chunks:
             return []
         rows = connection.execute(self._claim, {"chunks": chunks, "worker": worker, "now": now}).all()
@@ -280,7 +292,7 @@ class ChunkStore:
             Claimed(
                 chunk=row.id, token=row.token, model=row.model, version=row.version, batch=row.batch,
                 priority=row.priority, timeout=row.timeout, max_attempts=row.max_attempts, jobs=tuple(jobs[row.id]),
-                suspect=bool(row.suspect),
+                suspect=bool(row.suspect), backoff=Backoff.decode(row.backoff) if row.backoff else None,
             )
             for row in rows
         ]  # fmt: skip
@@ -298,7 +310,7 @@ class ChunkStore:
         """
         statement = text("""
             UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, announced_at = NULL,
-                suspect = suspect OR CAST(:suspect AS BOOLEAN)
+                alone = false, suspect = suspect OR CAST(:suspect AS BOOLEAN)
             WHERE id = :chunk AND token = :token AND worker = :worker AND state = 2
         """)
         if not holds:
@@ -309,6 +321,18 @@ class ChunkStore:
             return sum(connection.execute(statement, row).rowcount for row in rows)
 
         return self._db.transact(work)
+
+    def run_alone(self, chunk: int, token: int, worker: int) -> bool:
+        """Note that a suspect runs now and nothing beside it, so that it can be blamed should its worker be lost.
+
+        Returns:
+            False: the worker does not hold it any more.
+        """
+        statement = text(
+            "UPDATE chunks SET alone = true WHERE id = :chunk AND token = :token AND worker = :worker AND state = 2"
+        )
+        row = {"chunk": chunk, "token": token, "worker": worker}
+        return self._db.transact(lambda connection: connection.execute(statement, row).rowcount == 1)
 
     def held(self, worker: int) -> list[Held]:
         """Return the chunks that the database says this worker holds."""
@@ -330,50 +354,6 @@ class ChunkStore:
         return self._db.query(work)
 
     # --- maintenance --------------------------------------------------------------------------------------
-
-    def rescue(self, stale_after: float, limit: int = RESCUE_SLICE) -> Moved:
-        """Let the chunks of workers that are stopped, gone or silent for `stale_after` seconds wait again.
-
-        What comes back is suspect and runs alone from now on. A chunk with several open jobs comes back in halves, so
-        that a job that takes its worker down is by itself at last. A job that was by itself and ran alone is blamed:
-        one more failure, of type WorkerLost. A training run is never a suspect: one more death of it is counted.
-        """
-
-        def work(connection: Connection) -> Moved:
-            now = self._db.clock(connection)
-            rows = connection.execute(self._stale, {"before": now - stale_after, "limit": limit}).all()
-            count = 0
-            for row in rows:
-                suspects = list(connection.execute(_OPEN_JOBS, {"chunks": [row.id]}).scalars())
-                count += len(suspects)
-                self._free(connection, row.id, suspect=not row.training)
-                lost = [Lost(row.id, job, row.worker, row.max_attempts) for job in suspects]
-                if row.training:
-                    for run in lost:
-                        count_death(connection, run, now)
-                elif len(suspects) == 1 and row.suspect:
-                    blame_job(connection, lost[0], now)
-                elif len(suspects) > 1:
-                    second = suspects[len(suspects) // 2 :]
-                    half = part(connection, row.id, second, suspect=True)
-                    connection.execute(
-                        text("UPDATE jobs SET chunk = :half WHERE id BETWEEN :first AND :last AND chunk = :chunk "
-                             "AND state = 0"),
-                        {"half": half, "first": second[0], "last": second[-1], "chunk": row.id},
-                    )  # fmt: skip
-            chunks = [row.id for row in rows]
-            settle(connection, chunks, now)
-            return Moved(count, tuple(chunks), tuple({row.batch for row in rows if row.batch is not None}))
-
-        return self._db.transact(work)
-
-    def _free(self, connection: Connection, chunk: int, *, suspect: bool) -> None:
-        connection.execute(
-            text("UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, "
-                 "announced_at = NULL, suspect = suspect OR CAST(:suspect AS BOOLEAN) "
-                 "WHERE id = :chunk AND state = 2"),
-            {"chunk": chunk, "suspect": suspect},
-        )  # fmt: skip
 
     def expire(self, limit: int = EXPIRE_SLICE) -> Moved:
         """End the jobs that were not started in time."""

@@ -1,4 +1,4 @@
-"""One database: its engine, its clock, its transactions with transient faults retried, its schema's revision.
+"""One database: its engine, its clock, its transactions with passing faults retried, its schema's revision.
 
 Not here: any statement about jobs (the stores), and what the two databases do differently (`sqlite`, `postgresql`).
 """
@@ -16,8 +16,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, ProgrammingError
 
-from torchrelay_storage.dialect import Dialect
-from torchrelay_storage.errors import InvalidInput, SchemaMismatch, Unreachable
+from torchrelay_storage.dialect import Dialect, Fault
+from torchrelay_storage.errors import InvalidInput, SchemaMismatch, StorageFull, Unreachable
 from torchrelay_storage.postgresql import Postgresql
 from torchrelay_storage.schema import REVISION
 from torchrelay_storage.sqlite import Sqlite
@@ -68,21 +68,53 @@ class Database:
         with self._named_errors(), self.engine.connect().execution_options(torchrelay_read=True) as connection:
             yield connection
 
-    def transact(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction, anew where a transient fault ended it, and return what it returned.
+    def transact(self, work: Callable[[Connection], T], is_done: Callable[[Connection, T], bool] | None = None) -> T:
+        """Run `work` in a transaction, anew where a passing fault ended it, and return what it returned.
+
+        Args:
+            is_done: Whether a try was committed after all that had returned this: its connection was lost in the middle
+                of the commit. Asked on another connection once the next try has done its work, whose locks have waited
+                for the end of such a commit; if so, that try is undone. Without it, `work` must mean the same when it
+                is done twice.
 
         Raises:
+            StorageFull: the database has no room left.
             Unreachable: the database could not be had for RETRY_SECONDS.
         """
-        return self._retried(lambda: self._begin(work))
+        doubtful: list[T] = []
+        return self._retried(lambda: self._begin(work, is_done, doubtful))
 
     def query(self, work: Callable[[Connection], T]) -> T:
         """Run `work`, which only reads; retried and raising as `transact`."""
         return self._retried(lambda: self._look(work))
 
-    def _begin(self, work: Callable[[Connection], T]) -> T:
-        with self.engine.begin() as connection:
-            return work(connection)
+    def _begin(
+        self, work: Callable[[Connection], T], is_done: Callable[[Connection, T], bool] | None, doubtful: list[T]
+    ) -> T:
+        def done() -> list[T]:
+            if not doubtful or is_done is None:
+                return []
+            return self._look(lambda connection: [earlier for earlier in doubtful if is_done(connection, earlier)])
+
+        try:
+            with self.engine.begin() as connection:
+                result = work(connection)
+                for earlier in done():
+                    connection.rollback()
+                    return earlier
+                try:
+                    connection.commit()
+                except DBAPIError as error:
+                    connection.invalidate(error)  # else it might go back to the pool in the middle of its transaction
+                    if self._is_passing(error):
+                        doubtful.append(result)
+                    raise
+                return result
+        except Exception as error:
+            if not self._is_passing(error):
+                for earlier in done():  # and it failed because of that
+                    return earlier
+            raise
 
     def _look(self, work: Callable[[Connection], T]) -> T:
         with self.engine.connect().execution_options(torchrelay_read=True) as connection:
@@ -92,11 +124,11 @@ class Database:
         try:
             return call()  # the usual case pays for no retry machinery
         except DBAPIError as error:
-            if not self._is_transient(error):
+            if not self._is_passing(error):
                 with self._named_errors():
                     raise
         attempts = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(self._is_transient),
+            retry=tenacity.retry_if_exception(self._is_passing),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
             stop=tenacity.stop_after_delay(RETRY_SECONDS),
             reraise=True,
@@ -104,16 +136,22 @@ class Database:
         with self._named_errors():
             return attempts(call)
 
-    def _is_transient(self, error: BaseException) -> bool:
-        return isinstance(error, DBAPIError) and error.orig is not None and self.dialect.is_transient(error.orig)
+    def _is_passing(self, error: BaseException) -> bool:
+        fault = self._fault(error)
+        return fault is not None and fault.retried
+
+    def _fault(self, error: BaseException) -> Fault | None:
+        return self.dialect.fault(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else None
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
         except DBAPIError as error:
-            if error.orig is not None and self.dialect.is_unreachable(error.orig):
-                raise Unreachable(f"the database {self.safe_url} does not answer: {_first_line(error.orig)}") from error
+            fault = self._fault(error)
+            if fault is not None and error.orig is not None:
+                kind = StorageFull if fault is Fault.FULL else Unreachable
+                raise kind(f"the database {self.safe_url} {fault.words}: {_first_line(error.orig)}") from error
             if isinstance(error, OperationalError | ProgrammingError) and _is_missing_table(error):
                 raise SchemaMismatch(
                     f"the database {self.safe_url} has no torchrelay tables yet; run `torchrelay db upgrade`"
@@ -153,11 +191,13 @@ class Database:
         return current, REVISION
 
     def upgrade(self) -> None:
-        """Bring the schema to this code's revision. Two at once: one does it, the other waits and finds it done."""
+        """Bring the schema to this code's revision. Two at once: one does it, the other waits and finds it done.
+
+        Done whole, or anew where it and the work that goes on have waited for each other.
+        """
         from torchrelay_storage import revisions
 
-        with self.write() as connection:
-            revisions.upgrade(connection, self.safe_url)
+        self.transact(lambda connection: revisions.upgrade(connection, self.safe_url))
 
     def check(self) -> None:
         """Raise SchemaMismatch if this code cannot run on the database's schema; the message says which to upgrade."""

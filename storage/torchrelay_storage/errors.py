@@ -14,8 +14,9 @@ RelayError
 ├── JobCancelled
 ├── JobExpired              it was not started within its `expires_in`
 ├── WaitTimeout             the wait is over, the job is not (also a TimeoutError)
-├── QueueFull               the model takes no more jobs for now
+├── QueueFull               the model, or the whole queue, takes no more jobs for now
 ├── Unreachable             the database, Redis or the object store does not answer
+│   └── StorageFull         the database has no room left; nothing was stored
 ├── SchemaMismatch          the database's schema and this code do not fit
 └── Corrupt                 stored bytes are not what was recorded
 """
@@ -136,19 +137,35 @@ class WaitTimeout(RelayError, TimeoutError):
 
 
 class QueueFull(RelayError):
-    """The model's queue is at its limit.
+    """There is no room for more jobs, of the model or at all. Nothing of a job or a list of inputs was stored.
 
     Attributes:
         retry_after: seconds after which another try makes sense.
+        batch: of a batch from a stream: its shown id. What had been stored of it before runs.
+        stored: how many inputs of that batch are stored.
     """
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float, *, batch: str | None = None, stored: int = 0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.batch = batch
+        self.stored = stored
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # What has arguments of its own beside the message is not restored by itself.
+        return _queue_full, (str(self), self.retry_after, self.batch, self.stored)
+
+
+def _queue_full(message: str, retry_after: float, batch: str | None, stored: int) -> QueueFull:
+    return QueueFull(message, retry_after, batch=batch, stored=stored)
 
 
 class Unreachable(RelayError):
     """A part that is needed does not answer."""
+
+
+class StorageFull(Unreachable):
+    """The database has no room left. Workers keep what they have computed and go on once there is some."""
 
 
 class SchemaMismatch(RelayError):

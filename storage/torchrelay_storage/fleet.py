@@ -43,6 +43,7 @@ class WorkerRow:
     stopped_at: float | None
     alive: bool
     beat_age: float  # seconds since the last beat
+    ended: str | None = None  # how it ended, where that is known
 
 
 class Fleet:
@@ -55,7 +56,7 @@ class Fleet:
         """Add an incarnation, alive from now."""
         statement = text("""
             INSERT INTO workers (id, name, host, pid, device, models, started_at, beat_at)
-            VALUES (:id, :name, :host, :pid, :device, :models, :now, :now)
+            VALUES (:id, :name, :host, :pid, :device, :models, :now, :now) ON CONFLICT (id) DO NOTHING
         """)
         worker = Worker(draw(), name)
 
@@ -87,18 +88,34 @@ class Fleet:
 
         return self._db.transact(work)
 
-    def stop(self, worker: int) -> None:
-        """Say that a worker has ended: what it may still hold is rescued at once."""
-        statement = text("UPDATE workers SET stopped_at = :now WHERE id = :id AND stopped_at IS NULL")
+    def stop(self, worker: int, ended: str | None = None) -> None:
+        """Say that a worker has ended, and how: what it may still hold is rescued at once."""
+        statement = text("UPDATE workers SET stopped_at = :now, ended = :ended WHERE id = :id AND stopped_at IS NULL")
 
         def work(connection: Connection) -> None:
-            connection.execute(statement, {"id": worker, "now": self._db.clock(connection)})
+            connection.execute(statement, {"id": worker, "ended": ended, "now": self._db.clock(connection)})
 
         self._db.transact(work)
 
-    def workers(self, stale_after: float) -> list[WorkerRow]:
-        """Return all incarnations on record, the newest first."""
-        statement = text("SELECT * FROM workers ORDER BY id DESC")
+    def serves(self, worker: int, version: int, revision: str) -> None:
+        """Record which revision of its handler a worker runs a model version with: it tells what computed a result."""
+        statement = text("""
+            INSERT INTO served (worker, version, revision, at) VALUES (:worker, :version, :revision, :now)
+            ON CONFLICT (worker, version) DO UPDATE SET revision = excluded.revision, at = excluded.at
+        """)
+
+        def work(connection: Connection) -> None:
+            row = {"worker": worker, "version": version, "revision": revision, "now": self._db.clock(connection)}
+            connection.execute(statement, row)
+
+        self._db.transact(work)
+
+    def workers(self, stale_after: float, *, ended: bool = True) -> list[WorkerRow]:
+        """Return all incarnations on record, the newest first; without those that have `ended`, if wanted."""
+        statement = text(f"""
+            SELECT id, name, host, pid, device, models, stats, started_at, beat_at, stopped_at, ended FROM workers
+            {"" if ended else "WHERE stopped_at IS NULL"} ORDER BY id DESC
+        """)
 
         def work(connection: Connection) -> list[WorkerRow]:
             now = self._db.clock(connection)
@@ -108,6 +125,7 @@ class Fleet:
                     models=tuple(orjson.loads(r.models)) if r.models is not None else None,
                     stats=orjson.loads(r.stats), started_at=r.started_at, beat_at=r.beat_at, stopped_at=r.stopped_at,
                     alive=r.stopped_at is None and now - r.beat_at < stale_after, beat_age=max(0.0, now - r.beat_at),
+                    ended=r.ended,
                 )
                 for r in connection.execute(statement)
             ]  # fmt: skip
@@ -120,9 +138,13 @@ class Fleet:
             DELETE FROM workers WHERE COALESCE(stopped_at, beat_at) < :before
               AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.state = 2 AND c.worker = workers.id)
         """)
+        unserve = text("DELETE FROM served WHERE NOT EXISTS (SELECT 1 FROM workers w WHERE w.id = served.worker)")
 
         def work(connection: Connection) -> int:
-            return connection.execute(statement, {"before": self._db.clock(connection) - older_than}).rowcount
+            gone = connection.execute(statement, {"before": self._db.clock(connection) - older_than}).rowcount
+            if gone:
+                connection.execute(unserve)
+            return gone
 
         return self._db.transact(work)
 

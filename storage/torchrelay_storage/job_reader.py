@@ -10,27 +10,14 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, Row, bindparam, text
 
+from torchrelay_storage.attempts import Attempt, read_attempts
 from torchrelay_storage.database import Database
 from torchrelay_storage.ids import LARGEST
+from torchrelay_storage.job_error import JobError, decode_error
 from torchrelay_storage.settle import MAX_CHUNK, slices
 from torchrelay_storage.states import ChunkState, End, JobState
 
 CHUNK_PAGE = 64  # chunks looked at in one statement while a page is gathered
-
-
-@dataclass(frozen=True, slots=True)
-class JobError:
-    """Why a job failed, or why its last try did."""
-
-    type: str
-    message: str
-    traceback: str | None = None
-
-
-def encode_error(error: JobError) -> bytes:
-    """Return an error as it is stored: JSON. What is no Unicode text in it is replaced."""
-    fields = {"type": error.type, "message": error.message, "traceback": error.traceback}
-    return orjson.dumps({k: v.encode(errors="replace").decode() for k, v in fields.items() if v is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +47,7 @@ class JobRow:
     output: bytes | None = None
     trains: str | None = None  # of a training run: the name of the model that it trains
     trained: int | None = None  # and the number of the version that it registered
+    handler_revision: str | None = None  # of the code that computed its result
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +93,8 @@ _COLUMNS = """j.id, j.chunk, j.batch, m.name AS model, v.version, j.state AS end
     c.retrying, c.priority, j.failures, c.max_attempts, c.timeout, c.tenant, k.key, j.metadata, j.error,
     w.name AS worker, c.created_at, c.not_before, c.expires_at, j.finished_at,
     CASE WHEN m.training THEN (SELECT r.model FROM runs r WHERE r.job = j.id) END AS trains,
-    CASE WHEN m.training THEN (SELECT r.version FROM runs r WHERE r.job = j.id) END AS trained"""
+    CASE WHEN m.training THEN (SELECT r.version FROM runs r WHERE r.job = j.id) END AS trained,
+    (SELECT s.revision FROM served s WHERE s.worker = j.worker AND s.version = c.version) AS handler_revision"""
 
 _JOINS = """JOIN model_versions v ON v.id = c.version JOIN models m ON m.id = c.model
     LEFT JOIN keys k ON k.job = j.id LEFT JOIN workers w ON w.id = COALESCE(j.worker, c.worker)"""
@@ -139,6 +128,21 @@ class JobReader:
         row = self._db.query(lambda connection: connection.execute(statement, scope).one_or_none())
         return (row.job, bytes(row.digest)) if row is not None else None
 
+    def queued(self, model: int | None = None) -> int:
+        """Return how many jobs of a model wait for a worker, delayed ones and retries too; None: of all models."""
+        scope = (
+            "c.model = :model" if model is not None else "NOT (SELECT m.training FROM models m WHERE m.id = c.model)"
+        )
+        # One state at a time, so that an index finds them: those that are done may be a thousand times as many.
+        of_state = f"""SELECT COALESCE(sum(c.size - c.succeeded - c.failed - c.cancelled - c.expired), 0)
+            FROM chunks c WHERE {scope} AND c.state ="""
+        statement = text(f"SELECT ({of_state} {ChunkState.WAITING:d}) + ({of_state} {ChunkState.ANNOUNCED:d})")
+        return int(self._db.query(lambda connection: connection.execute(statement, {"model": model}).scalar_one()))
+
+    def attempts(self, job: int) -> list[Attempt]:
+        """Return the tries of a job, the oldest first. Raises JobNotFound."""
+        return self._db.query(lambda connection: read_attempts(connection, job))
+
     def page(
         self, wanted: JobFilter, *, limit: int = 50, before: int | None = None, with_output: bool = False
     ) -> list[JobRow]:
@@ -149,7 +153,7 @@ class JobReader:
         """
 
         def work(connection: Connection) -> list[int]:
-            return _newest(connection, wanted, limit, before)
+            return newest(connection, wanted, limit, before)
 
         ids = self._db.query(work)
         rows = self.get(ids, with_output=with_output)
@@ -178,20 +182,19 @@ def _values(with_input: bool, with_output: bool) -> str:
 
 def _row(r: Row[Any]) -> JobRow:
     fields = r._mapping
-    error = orjson.loads(r.error) if r.error else None
     return JobRow(
         id=r.id, chunk=r.chunk, batch=r.batch, model=r.model, version=r.version,
         state=derive_state(r.end_state, r.chunk_state, r.due, r.retrying),
         priority=r.priority, failures=r.failures, max_attempts=r.max_attempts, timeout=r.timeout, tenant=r.tenant,
         key=r.key, metadata=orjson.loads(r.metadata) if r.metadata else {},
-        error=JobError(error["type"], error["message"], error.get("traceback")) if error else None,
+        error=decode_error(r.error),
         worker=r.worker, created_at=r.created_at, not_before=r.not_before, expires_at=r.expires_at,
         finished_at=r.finished_at, input=fields.get("input"), output=fields.get("output"), trains=r.trains,
-        trained=r.trained,
+        trained=r.trained, handler_revision=r.handler_revision,
     )  # fmt: skip
 
 
-def _newest(connection: Connection, wanted: JobFilter, limit: int, before: int | None) -> list[int]:
+def newest(connection: Connection, wanted: JobFilter, limit: int, before: int | None) -> list[int]:
     """Gather the newest matching ids by walking the chunks from the newest down.
 
     Chunks hold runs of ids, so a page needs few of them, whatever the size of the table: once `limit` ids are found,

@@ -1,6 +1,7 @@
-"""The moves of jobs: submitted, finished, cancelled, retried. A row is written at its submit and at its end.
+"""The moves of jobs: submitted, finished, cancelled. A row is written at its submit and at its end.
 
-What it inherits from `job_reader` asks about jobs. Not here: the moves of chunks (`chunk_store`).
+What it inherits lets jobs run again (`retries`) and asks about them (`job_reader`). Not here: the moves of chunks
+(`chunk_store`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, bindparam, insert, text
 from sqlalchemy.exc import IntegrityError
 
-from torchrelay_storage import schema
+from torchrelay_storage import faults, schema
+from torchrelay_storage.attempts import Try, record_attempts
 from torchrelay_storage.database import Database
 from torchrelay_storage.dialect import FinishRow, JobTuple
 from torchrelay_storage.errors import KeyConflict
 from torchrelay_storage.ids import Kind, draw, show
-from torchrelay_storage.job_reader import JobReader
-from torchrelay_storage.settle import MAX_CHUNK, Moved, lock, part, settle, slices
-from torchrelay_storage.states import JOB_MOVES, End
+from torchrelay_storage.retries import JobRetries
+from torchrelay_storage.settle import Moved, lock, part, settle, slices
+from torchrelay_storage.states import End
 from torchrelay_storage.submission import Submission, Submitted, chunk_row, resolved, runs
 from torchrelay_storage.turns import last_turn
 
@@ -68,13 +70,19 @@ _RETRY = text("""
     WHERE id = :job AND chunk = :chunk AND state = 0
 """)
 
-# What a run has done is kept: it goes on from its last checkpoint. A cancelled one may have been paused.
-_START_RUNS_OVER = text("UPDATE runs SET paused = false, deaths = 0, phase = '' WHERE job IN :jobs").bindparams(
-    bindparam("jobs", expanding=True)
-)
+# What tells that a finish or a cancel was committed: something that it wrote, by its time.
+_WROTE = text("""
+    SELECT 1 FROM jobs WHERE id IN :jobs AND finished_at = :now
+    UNION ALL SELECT 1 FROM attempts WHERE job IN :jobs AND ended_at = :now AND worker = :worker LIMIT 1
+""").bindparams(bindparam("jobs", expanding=True))
+
+_CANCELLED = text("""
+    SELECT 1 FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
+    WHERE c.id IN :chunks AND j.state = 3 AND j.finished_at = :now LIMIT 1
+""").bindparams(bindparam("chunks", expanding=True))
 
 
-class JobStore(JobReader):
+class JobStore(JobRetries):
     """The moves of jobs, and the questions about them."""
 
     def __init__(self, database: Database) -> None:
@@ -111,16 +119,10 @@ class JobStore(JobReader):
     def _submit_whole(
         self, submissions: Sequence[Submission], firsts: Sequence[int]
     ) -> list[list[Submitted | KeyConflict]]:
-        tried = False
-
-        def work(connection: Connection) -> list[list[Submitted | KeyConflict]]:
-            # A connection lost in the middle of a commit leaves open whether it was done: the ids tell.
-            nonlocal tried
-            stored = tried and self._is_stored(connection, firsts)
-            tried = True
-            return self._submit(connection, submissions, firsts, bulk=True, stored=stored)
-
-        return self._db.transact(work)
+        return self._db.transact(
+            lambda connection: self._submit(connection, submissions, firsts, bulk=True),
+            lambda connection, _: self._is_stored(connection, firsts),
+        )
 
     def _is_stored(self, connection: Connection, firsts: Sequence[int]) -> bool:
         statement = text("SELECT count(*) FROM jobs WHERE id IN :ids").bindparams(bindparam("ids", expanding=True))
@@ -133,7 +135,6 @@ class JobStore(JobReader):
         firsts: Sequence[int],
         *,
         bulk: bool,
-        stored: bool = False,
     ) -> list[list[Submitted | KeyConflict]]:
         now = self._db.clock(connection)
         placed: list[list[Submitted | KeyConflict]] = []
@@ -158,7 +159,7 @@ class JobStore(JobReader):
                     rows.append((first + i, chunk, submission.batch, job.input, job.metadata))
                     where[i] = Submitted(first + i, chunk)
             placed.append([resolved(where[i], first, where) for i in range(len(submission.jobs))])
-        if chunks and not stored:
+        if chunks:
             connection.execute(insert(schema.chunks), chunks)
             if bulk:
                 self._db.dialect.insert_jobs(connection, rows)
@@ -209,7 +210,7 @@ class JobStore(JobReader):
         for outcome in outcomes:
             by_chunk[outcome.chunk].append(outcome)
 
-        def work(connection: Connection) -> Finished:
+        def work(connection: Connection) -> tuple[Finished, float]:
             now = self._db.clock(connection)
             held = {}
             batches: dict[int, None] = {}
@@ -225,6 +226,8 @@ class JobStore(JobReader):
                 for o in fenced
                 if o.end is not End.OPEN
             ]
+            tries = [Try(o.job, o.chunk, o.error) for o in fenced if o.end is not End.SUCCEEDED]
+            record_attempts(connection, tries, "failed", worker, now)
             written = self._db.dialect.finish_jobs(connection, ends, worker, now) if ends else 0
             retried = self._retry_later(connection, [o for o in fenced if o.end is End.OPEN], now)
             chunks = sorted({o.chunk for o in fenced})
@@ -233,9 +236,14 @@ class JobStore(JobReader):
                     connection.execute(_COUNT_UP, _counts(fenced, now))
             else:  # some were cancelled meanwhile, or moved away
                 settle(connection, chunks, now)
-            return Finished(written + retried, refused, tuple(chunks), tuple(batches))
+            faults.reach("recording")
+            return Finished(written + retried, refused, tuple(chunks), tuple(batches)), now
 
-        return self._db.transact(work)
+        def is_done(connection: Connection, result: tuple[Finished, float]) -> bool:
+            scope = {"jobs": [o.job for o in outcomes], "worker": worker, "now": result[1]}
+            return result[0].recorded > 0 and connection.execute(_WROTE, scope).first() is not None
+
+        return self._db.transact(work, is_done)[0]
 
     def _retry_later(self, connection: Connection, outcomes: Sequence[Outcome], now: float) -> int:
         moved = 0
@@ -263,14 +271,18 @@ class JobStore(JobReader):
         moved = Moved()
         for run in slices(list(jobs)):
 
-            def work(connection: Connection, run: Sequence[int] = run) -> Moved:
+            def work(connection: Connection, run: Sequence[int] = run) -> tuple[Moved, float]:
                 now = self._db.clock(connection)
-                batches = lock(self._db, connection, self._chunks_of(connection, run))
+                batches = self._lock_homes(connection, run)
                 hit = list(connection.execute(statement, {"jobs": list(run), "now": now}).scalars())
                 settle(connection, hit, now)
-                return Moved(len(hit), tuple(sorted(set(hit))), batches if hit else ())
+                return Moved(len(hit), tuple(sorted(set(hit))), batches if hit else ()), now
 
-            moved += self._db.transact(work)
+            def is_done(connection: Connection, result: tuple[Moved, float]) -> bool:
+                scope = {"chunks": list(result[0].chunks), "now": result[1]}
+                return connection.execute(_CANCELLED, scope).first() is not None
+
+            moved += self._db.transact(work, is_done)[0]
         return moved
 
     def cancel_batch(self, batch: int) -> Moved:
@@ -281,88 +293,25 @@ class JobStore(JobReader):
         ).bindparams(bindparam("chunks", expanding=True))
         unfinished = text("SELECT id FROM chunks WHERE batch = :batch AND state < 3 ORDER BY id LIMIT :limit")
 
-        def work(connection: Connection) -> tuple[int, list[int]]:
+        def work(connection: Connection) -> tuple[int, list[int], float]:
             now = self._db.clock(connection)
             chunks = list(connection.execute(unfinished, {"batch": batch, "limit": CANCEL_SLICE}).scalars())
             if not chunks:
-                return 0, []
+                return 0, [], now
             lock(self._db, connection, chunks)
             count = connection.execute(statement, {"chunks": chunks, "now": now}).rowcount
             settle(connection, chunks, now)
-            return count, chunks
+            return count, chunks, now
+
+        def is_done(connection: Connection, result: tuple[int, list[int], float]) -> bool:
+            return connection.execute(_CANCELLED, {"chunks": result[1], "now": result[2]}).first() is not None
 
         moved = Moved()
         while True:
-            count, chunks = self._db.transact(work)
+            count, chunks, _ = self._db.transact(work, is_done)
             if not chunks:
                 return moved
             moved += Moved(count, tuple(chunks), (batch,))
-
-    def retry(self, jobs: Sequence[int]) -> Moved:
-        """Let those of these jobs that ended without success run again, with all their attempts and no deadline."""
-        moved = Moved()
-        for run in slices(list(jobs)):
-            moved += self._db.transact(lambda connection, run=run: self._start_over(connection, run))  # type: ignore[misc]
-        return moved
-
-    def retry_batch(self, batch: int, ends: Sequence[End] = (End.FAILED,)) -> Moved:
-        """Let the jobs of a batch that ended in these ways run again."""
-        statement = text(
-            "SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id "
-            "WHERE c.batch = :batch AND j.state IN :ends ORDER BY j.id LIMIT :limit"
-        ).bindparams(bindparam("ends", expanding=True))
-        wanted = [int(e) for e in ends if e in JOB_MOVES["retry"][0]]
-
-        def work(connection: Connection) -> Moved:
-            scope = {"batch": batch, "ends": wanted, "limit": MAX_CHUNK}
-            found = list(connection.execute(statement, scope).scalars())
-            moved = Moved()
-            for run in slices(found):
-                moved += self._start_over(connection, run)
-            return moved
-
-        moved = Moved()
-        while wanted:
-            step = self._db.transact(work)
-            if step.count == 0:
-                break
-            moved += step
-        return moved
-
-    def _start_over(self, connection: Connection, jobs: Sequence[int]) -> Moved:
-        now = self._db.clock(connection)
-        batches = lock(self._db, connection, self._chunks_of(connection, jobs))
-        statement = text(
-            "SELECT j.id, j.chunk, c.model, c.priority, c.flow FROM jobs j JOIN chunks c ON c.id = j.chunk "
-            "WHERE j.id IN :jobs AND j.state IN (2, 3, 4) ORDER BY j.id"
-        ).bindparams(bindparam("jobs", expanding=True))
-        groups: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
-        for row in connection.execute(statement, {"jobs": list(jobs)}):
-            groups[row.chunk, row.model, row.priority, row.flow].append(row.id)
-        turns: dict[tuple[int, int, int], int] = {}
-        new_chunks: list[int] = []
-        count = 0
-        for (source, *lane), group in groups.items():
-            where = (lane[0], lane[1], lane[2])
-            turns[where] = turns.get(where) or last_turn(connection, *where)
-            turns[where] += 1
-            new = part(connection, source, group, turn=turns[where], anew=True)
-            reopen = text(
-                "UPDATE jobs SET chunk = :new, state = 0, failures = 0, output = NULL, error = NULL, worker = NULL, "
-                "finished_at = NULL WHERE id IN :jobs AND chunk = :chunk AND state IN (2, 3, 4)"
-            ).bindparams(bindparam("jobs", expanding=True))
-            count += connection.execute(reopen, {"new": new, "jobs": group, "chunk": source}).rowcount
-            connection.execute(_START_RUNS_OVER, {"jobs": group})
-            new_chunks.append(new)
-        sources = [source for source, *_ in groups]
-        settle(connection, sources + new_chunks, now)
-        return Moved(count, tuple(sources), batches if count else ())
-
-    def _chunks_of(self, connection: Connection, jobs: Sequence[int]) -> list[int]:
-        statement = text("SELECT DISTINCT chunk FROM jobs WHERE id IN :jobs").bindparams(
-            bindparam("jobs", expanding=True)
-        )
-        return list(connection.execute(statement, {"jobs": list(jobs)}).scalars())
 
 
 def _counts(outcomes: Sequence[Outcome], now: float) -> list[dict[str, object]]:

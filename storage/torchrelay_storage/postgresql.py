@@ -6,23 +6,38 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import psycopg
-from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.engine import URL
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, ExceptionContext
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import ConnectionPoolEntry
 
-from torchrelay_storage.dialect import FinishRow, JobTuple
+from torchrelay_storage.dialect import Fault, FinishRow, JobTuple
 from torchrelay_storage.states import End
 
 COPY_FROM = 32  # rows from which COPY beats an INSERT with arrays
 
-_TRANSIENT = (
-    psycopg.errors.SerializationFailure,
-    psycopg.errors.DeadlockDetected,
-    psycopg.errors.LockNotAvailable,
-    psycopg.errors.TooManyConnections,
-    psycopg.errors.CannotConnectNow,
-    psycopg.errors.AdminShutdown,
-    psycopg.errors.CrashShutdown,
-)
+# A client that was stopped in the middle of a transaction keeps its locks for so long. None of ours thinks longer.
+IDLE_IN_TRANSACTION = 10.0  # seconds
+
+_FAULTS = {
+    "25006": Fault.AWAY,  # read only: after a failover this is the replica now, and the name leads to another
+    "25P03": Fault.AWAY,  # idle in a transaction for too long: this process was stopped
+    "25P04": Fault.AWAY,  # a transaction that was too long
+    "40001": Fault.BUSY,  # serialization failure
+    "40003": Fault.AWAY,  # nobody knows whether it was done
+    "40P01": Fault.BUSY,  # deadlock
+    "53100": Fault.FULL,
+    "53200": Fault.BUSY,  # out of memory
+    "53300": Fault.AWAY,  # too many connections
+    "55P03": Fault.BUSY,  # a lock that was not to be had in time
+    "57014": Fault.BUSY,  # cancelled, by its administrator or for taking too long
+    "57P01": Fault.AWAY,  # it shuts down,
+    "57P02": Fault.AWAY,  # has crashed,
+    "57P03": Fault.AWAY,  # or starts
+    "57P05": Fault.AWAY,  # idle for too long
+    "58030": Fault.AWAY,  # an I/O error
+}
+_QUOTA = ("No space left on device", "Disk quota exceeded", "File too large")  # for which there is no state of its own
 
 
 class Postgresql:
@@ -38,7 +53,7 @@ class Postgresql:
 
     def engine(self, url: URL, pool_size: int) -> Engine:
         """Return an engine on psycopg 3 that notices a silent server within seconds."""
-        return create_engine(
+        engine = create_engine(
             url.set(drivername="postgresql+psycopg"),
             pool_size=pool_size,
             max_overflow=20,
@@ -52,18 +67,14 @@ class Postgresql:
                 "application_name": "torchrelay",
             },
         )
+        event.listen(engine, "connect", _greet)
+        event.listen(engine, "begin", _limit_idleness)
+        event.listen(engine, "handle_error", _drop_connection)
+        return engine
 
-    def is_transient(self, error: BaseException) -> bool:
-        """Whether the same transaction may succeed at another try."""
-        if isinstance(error, _TRANSIENT):
-            return True
-        # A lost connection has no SQLSTATE of its own, or one of class 08.
-        state = getattr(error, "sqlstate", None)
-        return isinstance(error, psycopg.OperationalError) and (state is None or state.startswith("08"))
-
-    def is_unreachable(self, error: BaseException) -> bool:
-        """Whether the database itself could not be had."""
-        return self.is_transient(error) and not isinstance(error, _TRANSIENT[:3])
+    def fault(self, error: BaseException) -> Fault | None:
+        """Return what a driver's error says of the database; None: the statement is to blame."""
+        return _fault(error)
 
     def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None:
         """Insert (id, chunk, batch, input, metadata) rows."""
@@ -72,13 +83,15 @@ class Postgresql:
             connection.exec_driver_sql(_INSERT, tuple(columns))
             return
         driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
-        with (
-            driver.cursor() as cursor,
-            cursor.copy("COPY jobs (id, chunk, batch, input, metadata) FROM STDIN (FORMAT BINARY)") as copy,
-        ):
-            copy.set_types(["int8", "int8", "int8", "bytea", "bytea"])
-            for row in rows:
-                copy.write_row(row)
+        try:
+            with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
+                copy.set_types(["int8", "int8", "int8", "bytea", "bytea"])
+                for row in rows:
+                    copy.write_row(row)
+        except psycopg.Error as error:  # as SQLAlchemy would name it, past which this went
+            if driver.closed:
+                connection.invalidate()
+            raise DBAPIError.instance(_COPY, None, error, psycopg.Error, hide_parameters=True) from error
 
     def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
@@ -91,6 +104,53 @@ class Postgresql:
                 written += connection.exec_driver_sql(statement, (worker, now, *columns)).rowcount
         return written
 
+
+def _fault(error: BaseException) -> Fault | None:
+    if not isinstance(error, psycopg.Error):
+        return None
+    state = error.sqlstate
+    if state is None:  # a lost connection, or none at all
+        return Fault.AWAY if isinstance(error, psycopg.OperationalError) else None
+    if state in ("58030", "XX000") and any(words in str(error) for words in _QUOTA):
+        return Fault.FULL
+    if state == "0A000" and "cached plan" in str(error):  # a migration changed a table; the next try plans anew
+        return Fault.BUSY
+    return Fault.AWAY if state.startswith("08") else _FAULTS.get(state)
+
+
+def _greet(connection: psycopg.Connection[Any], record: ConnectionPoolEntry) -> None:
+    """Learn whether a pooler such as PgBouncer stands in between, whose sessions are shared; set the session up if not.
+
+    A pooler that gives a client another session each transaction makes up the process id that it tells the client.
+    What is set in its sessions, or prepared, would meet others.
+    """
+    connection.autocommit = True
+    pid = connection.info.backend_pid
+    row = connection.execute(_GREET, {"pid": pid, "idle": f"{IDLE_IN_TRANSACTION * 1000:.0f}"}).fetchone()
+    connection.autocommit = False
+    record.info[_POOLED] = row is not None and row[0] != pid
+    if record.info[_POOLED]:
+        connection.prepare_threshold = None
+
+
+def _limit_idleness(connection: Connection) -> None:
+    """Behind a pooler the limit is set for each transaction that may lock something."""
+    if connection.info.get(_POOLED) and not connection.get_execution_options().get("torchrelay_read"):
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION * 1000:.0f}")
+
+
+def _drop_connection(context: ExceptionContext) -> None:
+    """Do not use a connection again that leads to the wrong server, or to none, nor any that is older."""
+    if _fault(context.original_exception) is Fault.AWAY:
+        context.is_disconnect = True
+
+
+_POOLED = "torchrelay_pooled"
+_GREET = """
+    SELECT pg_backend_pid(), CASE WHEN pg_backend_pid() = %(pid)s
+        THEN set_config('idle_in_transaction_session_timeout', %(idle)s, false) END
+"""
+_COPY = "COPY jobs (id, chunk, batch, input, metadata) FROM STDIN (FORMAT BINARY)"
 
 # Arrays in binary (%b): as text they cost more than the update itself. Successes, the usual case, need fewer of them.
 _SUCCEED = """

@@ -23,6 +23,7 @@ from torchrelay_storage.settle import MAX_CHUNK
 
 DEFAULT_CHUNK_SIZE = 256  # until a worker has loaded the model and knows better
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+MOST_QUEUED = 2**31 - 1
 LANE = "train:"  # a recipe's lane is a model of this name, which no user can register
 
 
@@ -40,6 +41,7 @@ class ModelVersion:
         lineage: what it came from: dataset, code, hyperparameters.
         run: the id of the job that trained it.
         aliases: that stand for it now.
+        max_queued: how many jobs of the model may wait; None: any number.
     """
 
     id: int
@@ -57,6 +59,7 @@ class ModelVersion:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     run: int | None = None
     aliases: tuple[str, ...] = ()
+    max_queued: int | None = None
 
     @property
     def ref(self) -> str:
@@ -79,6 +82,7 @@ class ModelRow:
     running: int
 
 
+_THERE = text("SELECT 1 FROM model_versions WHERE id = :id")
 _FROM = "FROM model_versions v JOIN models m ON m.id = v.model"
 
 
@@ -151,7 +155,7 @@ class Registry:
         self._db = database
         aliases = database.dialect.joined.format("a.alias")
         self._select = f"""SELECT v.id, v.model, m.name, v.version, v.handler, v.weights, v.sha256, v.config,
-            v.chunk_size, m.paused, v.created_at, v.metrics, v.lineage, v.run,
+            v.chunk_size, m.paused, v.created_at, v.metrics, v.lineage, v.run, m.max_queued,
             (SELECT {aliases} FROM aliases a WHERE a.model = v.model AND a.version = v.version) AS aliases {_FROM}"""
 
     def register(
@@ -181,7 +185,10 @@ class Registry:
             )  # fmt: skip
             return number
 
-        return self.version(self._db.transact(work))
+        def is_done(connection: Connection, number: int) -> bool:
+            return connection.execute(_THERE, {"id": number}).first() is not None
+
+        return self.version(self._db.transact(work, is_done))
 
     def resolve(self, ref: str) -> ModelVersion:
         """Return the version that `digits` (the newest), `digits@3` or `digits@champion` (an alias) stands for.
@@ -300,6 +307,22 @@ class Registry:
     def resume(self, name: str) -> None:
         """End a pause. Raises ModelNotFound."""
         ChunkStore(self._db).recall(model=self._set_paused(name, paused=False))
+
+    def limit(self, name: str, max_queued: int | None) -> None:
+        """Set how many jobs of a model may wait before submits are refused; None: any number.
+
+        Raises:
+            InvalidInput: it is no whole number from 0 up.
+            ModelNotFound: there is no such model.
+        """
+        whole = isinstance(max_queued, int) and not isinstance(max_queued, bool)
+        if max_queued is not None and not (whole and 0 <= max_queued <= MOST_QUEUED):
+            raise InvalidInput(
+                f"a limit is a whole number of jobs from 0 to {MOST_QUEUED}, or none, not {max_queued!r}"
+            )
+        row = {"id": self.resolve(name).model, "n": max_queued}
+        statement = text("UPDATE models SET max_queued = :n WHERE id = :id")
+        self._db.transact(lambda connection: connection.execute(statement, row))
 
     def _set_paused(self, name: str, *, paused: bool) -> int:
         model = self.resolve(name).model

@@ -58,11 +58,11 @@ class Retention:
             gone: who dies before deleting them leaves files, never a row without its file.
         """
 
-        def work(connection: Connection) -> Purged:
+        def work(connection: Connection) -> tuple[Purged, list[int]]:
             before = self._db.clock(connection) - older_than
             chunks = list(connection.execute(self._old, {"before": before, "limit": limit}).scalars())
             if not chunks:
-                return Purged(0, 0, ())
+                return Purged(0, 0, ()), []
             scope = {"chunks": chunks}
             artifacts = [
                 bytes(value)
@@ -74,13 +74,17 @@ class Retention:
             for run in slices(runs):
                 for statement in _DELETE_RUNS:
                     connection.execute(statement, {"runs": list(run)})
+            connection.execute(_DELETE_ATTEMPTS, scope)
             connection.execute(_DELETE_KEYS, scope)
             jobs = connection.execute(_DELETE_JOBS, scope).rowcount
             connection.execute(_DELETE_CHUNKS, scope)
             connection.execute(_DELETE_BATCHES, {"before": before})
-            return Purged(jobs, len(chunks), tuple(artifacts), runs)
+            return Purged(jobs, len(chunks), tuple(artifacts), runs), chunks
 
-        return self._db.transact(work)
+        def is_done(connection: Connection, result: tuple[Purged, list[int]]) -> bool:
+            return bool(result[1]) and connection.execute(_LEFT, {"chunks": result[1]}).first() is None
+
+        return self._db.transact(work, is_done)[0]
 
 
 def _of(statement: str, name: str = "chunks") -> Any:
@@ -96,9 +100,11 @@ _RUNS = _of(f"SELECT job FROM runs WHERE job IN ({_IN} :chunks)")
 _DELETE_RUNS = [
     _of(f"DELETE FROM {table} WHERE job IN :runs", "runs") for table in ("metrics", "run_logs", "checkpoints", "runs")
 ]
+_DELETE_ATTEMPTS = _of(f"DELETE FROM attempts WHERE job IN ({_IN} :chunks)")
 _DELETE_KEYS = _of(f"DELETE FROM keys WHERE job IN ({_IN} :chunks)")
 _DELETE_JOBS = _of(f"DELETE FROM jobs WHERE id IN ({_IN} :chunks)")
 _DELETE_CHUNKS = _of("DELETE FROM chunks WHERE id IN :chunks")
+_LEFT = _of("SELECT 1 FROM chunks WHERE id IN :chunks LIMIT 1")
 _DELETE_BATCHES = text("""
     DELETE FROM batches WHERE closed AND created_at < :before
       AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.batch = batches.id)

@@ -14,6 +14,7 @@ LINES_DROPPED = 1_000  # of the oldest once there are more: seldom, and many at 
 MAX_LINE = 2_000  # characters
 
 _ADD = text("INSERT INTO run_logs (job, id, at, line) VALUES (:job, :id, :at, :line)")
+_ADDED = text("SELECT 1 FROM run_logs WHERE job = :job AND id = :id AND at = :at AND line = :line")
 _THERE = text("SELECT count(*) AS n, COALESCE(max(id), 0) AS last FROM run_logs WHERE job = :job")
 _DROP = text("""
     DELETE FROM run_logs WHERE job = :job AND id <= (
@@ -29,9 +30,9 @@ def append_lines(database: Database, job: int, lines: Sequence[tuple[float, str]
     # Whoever adds to this log waits here for the others, so that a reader who goes on after an id misses no line.
     turn = text(f"SELECT job FROM runs WHERE job = :job {database.dialect.lock}")
 
-    def work(connection: Connection) -> None:
+    def work(connection: Connection) -> int | None:
         if connection.execute(turn, {"job": job}).scalar() is None:
-            return  # it was purged
+            return None  # it was purged
         there = connection.execute(_THERE, {"job": job}).one()
         first = max(draw(len(fresh)), there.last + 1)
         rows = [{"job": job, "id": first + i, "at": at, "line": line} for i, (at, line) in enumerate(fresh)]
@@ -40,8 +41,13 @@ def append_lines(database: Database, job: int, lines: Sequence[tuple[float, str]
         if beyond > 0:
             drop = max(beyond, min(LINES_DROPPED, there.n))
             connection.execute(_DROP, {"job": job, "before_last": drop - 1})
+        return int(first) + len(fresh) - 1
 
-    database.transact(work)
+    def is_done(connection: Connection, last: int | None) -> bool:
+        row = {"job": job, "id": last, "at": fresh[-1][0], "line": fresh[-1][1]}
+        return last is not None and connection.execute(_ADDED, row).first() is not None
+
+    database.transact(work, is_done)
 
 
 def _clean(line: str) -> str:

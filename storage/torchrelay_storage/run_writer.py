@@ -16,10 +16,11 @@ import orjson
 from sqlalchemy import Connection, Row, bindparam, text
 
 from torchrelay_storage.aliases import AliasStore, check_alias
+from torchrelay_storage.attempts import Try, record_attempts
 from torchrelay_storage.blame import Lost, count_death, end_run
 from torchrelay_storage.database import Database
 from torchrelay_storage.ids import Kind, show
-from torchrelay_storage.job_reader import JobError, encode_error
+from torchrelay_storage.job_error import JobError, encode_error
 from torchrelay_storage.registry import ModelVersion, Registry, add_version, json_text
 from torchrelay_storage.run_log import append_lines
 from torchrelay_storage.settle import settle
@@ -329,7 +330,11 @@ class RunWriter:
                 end_run(connection, self._lost(run), now, error)
                 settle(connection, [self.hold.chunk], now)
             else:
-                connection.execute(_FAILED_ONCE, self._scope | {"error": encode_error(error)})
+                stored = encode_error(error)
+                record_attempts(
+                    connection, [Try(self.hold.job, self.hold.chunk, stored)], "failed", self.hold.worker, now
+                )
+                connection.execute(_FAILED_ONCE, self._scope | {"error": stored})
                 self._wait(connection, now, retry_in, retrying=True)
             return True
 

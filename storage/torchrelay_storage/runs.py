@@ -125,17 +125,11 @@ class RunStore:
         raise AssertionError("unreachable")
 
     def _submit_whole(self, submission: Submission, first: int, spec: RunSpec) -> Submitted | KeyConflict:
-        tried = False
-
-        def work(connection: Connection) -> Submitted | KeyConflict:
-            # A connection lost in the middle of a commit leaves open whether it was done: the id tells.
-            nonlocal tried
-            if tried and connection.execute(text("SELECT 1 FROM runs WHERE job = :job"), {"job": first}).scalar():
-                return Submitted(first, first)
-            tried = True
-            return self._submit(connection, submission, spec)
-
-        return self._db.transact(work)
+        stored = text("SELECT 1 FROM runs WHERE job = :job")
+        return self._db.transact(
+            lambda connection: self._submit(connection, submission, spec),
+            lambda connection, _: connection.execute(stored, {"job": first}).first() is not None,
+        )
 
     def _submit(self, connection: Connection, submission: Submission, spec: RunSpec) -> Submitted | KeyConflict:
         [[placed]] = self._jobs.submit([submission], connection)

@@ -33,7 +33,7 @@ from sqlalchemy import (
 
 from torchrelay_storage.states import ChunkState
 
-REVISION = "0002"  # of the newest migration, after which there are just these tables
+REVISION = "0003"  # of the newest migration, after which there are just these tables
 
 metadata = MetaData()
 
@@ -49,6 +49,7 @@ models = Table(
     Column("paused", Boolean, nullable=False, server_default=text("false")),
     Column("created_at", Real, nullable=False),
     Column("training", Boolean, nullable=False, server_default=text("false")),  # the hidden lane of a recipe's runs
+    Column("max_queued", Integer),  # jobs that may wait; NULL: any number
 )
 
 # What a name stood for at a time: a handler (a name that the operator's workers know) and pinned weights.
@@ -120,6 +121,8 @@ chunks = Table(
     Column("announced_at", Real),
     Column("claimed_at", Real),
     Column("ended_at", Real),
+    Column("backoff", Text),  # options.Backoff; NULL: the model's
+    Column("alone", Boolean, nullable=False, server_default=text("false")),  # a suspect, and nothing runs beside it
     CheckConstraint("first_id <= last_id", name="ck_chunks_range"),
     postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
 )
@@ -162,6 +165,20 @@ jobs = Table(
     Column("worker", BigInteger),  # which recorded the end
     Column("finished_at", Real),
     postgresql_with={"fillfactor": "50"},
+)
+
+# A try that did not succeed; the one that did is the job's own row.
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("job", BigInteger, nullable=False),
+    Column("id", BigInteger, nullable=False),  # in the order of the tries
+    Column("worker", BigInteger),
+    Column("started_at", Real),
+    Column("ended_at", Real, nullable=False),
+    Column("outcome", Text, nullable=False),  # failed, or lost: its worker was
+    Column("error", LargeBinary),  # as jobs.error
+    PrimaryKeyConstraint("job", "id"),
 )
 
 # A training run: a job, its chunk of one, and this row. Lean, for its process writes it about once a second.
@@ -284,6 +301,18 @@ workers = Table(
     Column("started_at", Real, nullable=False),
     Column("beat_at", Real, nullable=False),
     Column("stopped_at", Real),
+    Column("ended", Text),  # how it ended, where that is known
+)
+
+# Which revision of a version's handler a worker runs. With jobs.worker it tells what computed a result.
+served = Table(
+    "served",
+    metadata,
+    Column("worker", BigInteger, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("revision", Text, nullable=False),
+    Column("at", Real, nullable=False),
+    PrimaryKeyConstraint("worker", "version"),
 )
 
 leases = Table(

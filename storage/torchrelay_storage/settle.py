@@ -64,10 +64,10 @@ _LOCK = "SELECT id, batch FROM chunks WHERE id IN :chunks ORDER BY id {lock}"
 
 _PART = text("""
     INSERT INTO chunks (id, model, version, batch, tenant, flow, priority, turn, first_id, last_id, size, state, due,
-                        suspect, retrying, token, timeout, max_attempts, not_before, expires_at, created_at)
+                        suspect, retrying, token, timeout, max_attempts, backoff, not_before, expires_at, created_at)
     SELECT :chunk, model, version, batch, tenant, flow, priority, COALESCE(CAST(:turn AS BIGINT), turn),
            :first, :last, :size, 0, CAST(:due AS BOOLEAN), CAST(:suspect AS BOOLEAN), CAST(:retrying AS BOOLEAN), 0,
-           timeout, max_attempts,
+           timeout, max_attempts, backoff,
            CAST(:not_before AS FLOAT), CASE WHEN CAST(:anew AS BOOLEAN) THEN NULL ELSE expires_at END, created_at
     FROM chunks WHERE id = :source
 """)

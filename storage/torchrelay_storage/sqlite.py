@@ -9,9 +9,20 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
-from torchrelay_storage.dialect import FinishRow, JobTuple
+from torchrelay_storage.dialect import Fault, FinishRow, JobTuple
 
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another; one writes at a time, and none takes long
+
+_FAULTS = {
+    sqlite3.SQLITE_BUSY: Fault.BUSY,
+    sqlite3.SQLITE_LOCKED: Fault.BUSY,
+    sqlite3.SQLITE_PROTOCOL: Fault.BUSY,
+    sqlite3.SQLITE_NOMEM: Fault.BUSY,
+    sqlite3.SQLITE_IOERR: Fault.AWAY,
+    sqlite3.SQLITE_CANTOPEN: Fault.CLOSED,
+    sqlite3.SQLITE_READONLY: Fault.CLOSED,
+    sqlite3.SQLITE_FULL: Fault.FULL,
+}
 
 
 class Sqlite:
@@ -50,18 +61,10 @@ class Sqlite:
 
         return engine
 
-    def is_transient(self, error: BaseException) -> bool:
-        """Whether the same transaction may succeed at another try."""
-        return isinstance(error, sqlite3.OperationalError) and any(
-            words in str(error) for words in ("locked", "busy", "disk I/O error")
-        )
-
-    def is_unreachable(self, error: BaseException) -> bool:
-        """Whether the database itself could not be had."""
-        return self.is_transient(error) or (
-            isinstance(error, sqlite3.OperationalError)
-            and any(words in str(error) for words in ("unable to open", "readonly database", "disk is full"))
-        )
+    def fault(self, error: BaseException) -> Fault | None:
+        """Return what a driver's error says of the database; None: the statement is to blame."""
+        code = getattr(error, "sqlite_errorcode", None)  # its low byte is the kind, the rest tells more
+        return _FAULTS.get(code & 0xFF) if code is not None else None
 
     def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None:
         """Insert (id, chunk, batch, input, metadata) rows."""

@@ -102,4 +102,5 @@ def chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now
         "first_id": first, "last_id": last, "size": size, "due": due, "not_before": start,
         "timeout": options.timeout, "max_attempts": options.max_attempts, "created_at": now,
         "expires_at": now + options.expires_in if options.expires_in is not None else None,
+        "backoff": options.backoff.encode() if options.backoff is not None else None,
     }  # fmt: skip

@@ -6,13 +6,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
+from integration.storage.old_schema import upgrade_to
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import SchemaMismatch, Unreachable
@@ -29,14 +28,6 @@ def test_migrations_make_the_tables_of_the_schema(database: Database) -> None:
     assert database.revision() == (ScriptDirectory(str(MIGRATIONS)).get_current_head(), REVISION)
     assert database.revision()[0] == REVISION
     database.check()
-
-
-def upgrade_to(database: Database, revision: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    with database.write() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
 
 
 # A model, a chunk of two jobs that a worker holds, one of them ended; and a view that an operator has built on ours.
@@ -83,7 +74,8 @@ def test_an_upgrade_keeps_the_rows_of_the_first_schema(empty_database_url: str) 
     )
     Fleet(database).stop(7)
     assert ChunkStore(database).rescue(60).count == 1
-    assert len(ChunkStore(database).claim([11], 8)) == 1
+    living = Fleet(database).register("b", host="h", pid=1, device="cpu").id
+    assert len(ChunkStore(database).claim([11], living)) == 1
     assert JobStore(database).cancel([12]).count == 1
     assert Registry(database).lane("images", {}).version == 1
     database.dispose()

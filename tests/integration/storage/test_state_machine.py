@@ -20,16 +20,19 @@ from hypothesis.stateful import (
 from sqlalchemy import text
 
 from torchrelay_storage.batch_store import BatchStore
-from torchrelay_storage.chunk_store import ChunkStore
+from torchrelay_storage.chunk_store import ChunkStore, Claimed
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
+from torchrelay_storage.job_reader import JobFilter
 from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.lost import Evidence
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import Registry
 from torchrelay_storage.states import End
 from torchrelay_storage.submission import NewJob, Submission
 
 MAX_ATTEMPTS = 2
+TABLES = ("attempts", "jobs", "chunks", "batches", "keys", "turns", "workers", "model_versions", "models")
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Job:
 
     end: End = End.OPEN
     failures: int = 0
+    tries: list[str] = field(default_factory=list)  # how those ended that did not succeed
 
 
 @dataclass
@@ -52,11 +56,22 @@ class Hold:
 
 
 @dataclass
+class Held:
+    """What the database says of a chunk that a worker holds. `guilty`: its job is to blame if the worker is lost."""
+
+    chunk: int
+    jobs: list[int]
+    suspect: bool
+    guilty: bool
+
+
+@dataclass
 class World:
     """The whole model."""
 
     jobs: dict[int, Job] = field(default_factory=dict)
     holds: list[Hold] = field(default_factory=list)
+    dead: list[int] = field(default_factory=list)  # workers
 
 
 class Stores(RuleBasedStateMachine):
@@ -67,7 +82,7 @@ class Stores(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         with self.database.write() as connection:
-            for table in ("jobs", "chunks", "batches", "keys", "turns", "workers", "model_versions", "models"):
+            for table in TABLES:
                 connection.execute(text(f"DELETE FROM {table}"))
         self.job_store = JobStore(self.database)
         self.chunk_store = ChunkStore(self.database)
@@ -113,7 +128,14 @@ class Stores(RuleBasedStateMachine):
         expected = [j for j in some if self.world.jobs[j].end in (End.FAILED, End.CANCELLED, End.EXPIRED)]
         assert self.job_store.retry(some).count == len(expected)
         for job in expected:
-            self.world.jobs[job] = Job()
+            self.world.jobs[job] = Job(tries=self.world.jobs[job].tries)
+
+    @rule()
+    def retry_all(self) -> None:
+        expected = [j for j, job in self.world.jobs.items() if job.end not in (End.OPEN, End.SUCCEEDED)]
+        assert self.job_store.retry_where(JobFilter(model="m")).count == len(expected)
+        for job in expected:
+            self.world.jobs[job] = Job(tries=self.world.jobs[job].tries)
 
     @rule()
     def pause_or_resume_model(self) -> None:
@@ -150,7 +172,7 @@ class Stores(RuleBasedStateMachine):
             assert jobs, "a chunk without open jobs was claimed"
             assert all(self.world.jobs[j].end is End.OPEN for j in jobs)
             assert [j.failures for j in one.jobs] == [self.world.jobs[j].failures for j in jobs]
-            self.world.holds.append(Hold(self.workers[worker], one.chunk, one.token, jobs))
+            self._hold(self.workers[worker], one, data.draw(st.booleans()))
 
     @rule(worker=st.integers(0, 1), limit=st.integers(1, 3))
     def claim_next(self, worker: int, limit: int) -> None:
@@ -158,8 +180,8 @@ class Stores(RuleBasedStateMachine):
         assert len(claimed) <= limit
         assert not (claimed and self.paused_model)
         for one in claimed:
-            jobs = [j.id for j in one.jobs]
-            self.world.holds.append(Hold(self.workers[worker], one.chunk, one.token, jobs))
+            self._hold(self.workers[worker], one, alone=True)
+        assert sum(one.suspect for one in claimed) <= 1, "each suspect runs alone"
 
     @precondition(lambda self: self.world.holds)
     @rule(data=st.data())
@@ -190,7 +212,9 @@ class Stores(RuleBasedStateMachine):
             if mine and job.end is End.OPEN:
                 recorded += 1
                 job.end = outcome.end
-                job.failures += outcome.end in (End.FAILED, End.OPEN)
+                if outcome.end is not End.SUCCEEDED:
+                    job.failures += 1
+                    job.tries.append("failed")
         assert finished.recorded == recorded
 
     @precondition(lambda self: self.world.holds)
@@ -202,25 +226,59 @@ class Stores(RuleBasedStateMachine):
 
     # --- what maintenance does ----------------------------------------------------------------------------
 
-    @rule(worker=st.integers(0, 1))
-    def worker_dies_and_is_rescued(self, worker: int) -> None:
+    @precondition(lambda self: self.world.dead)
+    @rule(data=st.data())
+    def a_zombie_gets_nothing(self, data: st.DataObject) -> None:
+        zombie = data.draw(st.sampled_from(self.world.dead))
+        assert not self.fleet.beat(zombie)
+        assert self.chunk_store.claim_next([self.version.model], zombie, 5) == []
+        assert self.chunk_store.held(zombie) == []
+
+    @rule(worker=st.integers(0, 1), silent=st.booleans())
+    def worker_dies_and_is_rescued(self, worker: int, silent: bool) -> None:
         dead = self.workers[worker]
-        self.fleet.stop(dead)
-        alone = []
-        for held in self.chunk_store.held(dead):
-            jobs = sorted(self.chunk_store.open_jobs([held.chunk]))
-            with self.database.read() as connection:
-                found = connection.execute(text("SELECT suspect FROM chunks WHERE id = :c"), {"c": held.chunk})
-                suspect = found.scalar_one()
-            if len(jobs) == 1 and suspect:
-                alone.append(jobs[0])
-        self.chunk_store.rescue(60)
-        assert self.chunk_store.held(dead) == []
-        for job in alone:  # nobody else is ever blamed
-            self.world.jobs[job].failures += 1
-            if self.world.jobs[job].failures >= MAX_ATTEMPTS:
-                self.world.jobs[job].end = End.FAILED
-        self.workers[worker] = self.fleet.register("n", host="h", pid=1, device="cpu").id
+        held = self._held(dead)
+        if silent:
+            with self.database.write() as connection:
+                connection.execute(text("UPDATE workers SET beat_at = beat_at - 100 WHERE id = :id"), {"id": dead})
+            assert self.chunk_store.rescue(None).count == 0, "perhaps it had no chance to beat"
+        else:
+            self.fleet.stop(dead)
+        self.chunk_store.rescue(60 if silent else None)
+        for one in held:
+            self._lose(one.jobs, blamed=one.guilty)
+        self._replace(worker)
+
+    @rule(worker=st.integers(0, 1), data=st.data(), knows=st.booleans(), timed_out=st.booleans(), loading=st.booleans())
+    def process_dies_and_is_given_up(
+        self, worker: int, data: st.DataObject, knows: bool, timed_out: bool, loading: bool
+    ) -> None:
+        dead = self.workers[worker]
+        held = self._held(dead)
+        everything = sorted(job for one in held for job in one.jobs)
+        ran = data.draw(st.sets(st.sampled_from(everything))) if everything else set()
+        versions = frozenset({self.version.id} if loading else ())
+        evidence = Evidence(frozenset(ran), versions, timed_out=timed_out) if knows else None
+        moved = self.chunk_store.give_up(dead, "killed by SIGSEGV", evidence)
+        assert set(moved.chunks) == {one.chunk for one in held}
+        suspected: dict[int, bool] = {}
+        for one in held:
+            running = [job for job in one.jobs if not knows or job in ran]
+            if knows and loading and not running:  # they wait for a model that perhaps cannot be loaded
+                if not ran:
+                    self._lose(one.jobs, blamed=True)
+                suspected |= dict.fromkeys(one.jobs, one.suspect or bool(ran))
+            elif one.guilty:
+                self._lose(one.jobs, blamed=True, for_good=knows and timed_out)
+                suspected |= dict.fromkeys(one.jobs, True)
+            else:
+                self._lose(running)
+                suspected |= {job: one.suspect or job in running for job in one.jobs}
+        with self.database.read() as connection:
+            rows = connection.execute(text("SELECT j.id, c.suspect FROM jobs j JOIN chunks c ON c.id = j.chunk"))
+            after = {row.id: bool(row.suspect) for row in rows}
+        assert {job: after[job] for job in suspected} == suspected, "only what ran is suspected, until it has ended"
+        self._replace(worker)
 
     @rule()
     def expire(self) -> None:
@@ -244,9 +302,11 @@ class Stores(RuleBasedStateMachine):
             chunks = connection.execute(text("SELECT * FROM chunks")).all()
             ends = dict(connection.execute(text("SELECT id, state FROM jobs")).all())
             shown = dict(connection.execute(text("SELECT id, state FROM job_status")).all())
+            tried = connection.execute(text("SELECT job, outcome FROM attempts ORDER BY ended_at, id")).all()
         for job, expected in self.world.jobs.items():
             assert ends[job] == expected.end
             assert rows[job].failures == expected.failures <= MAX_ATTEMPTS
+            assert [row.outcome for row in tried if row.job == job] == expected.tries
             assert shown[job] == rows[job].state.value, "the view and the code derive the same state"
         for chunk in chunks:
             mine = [ends[j] for j, row in rows.items() if row.chunk == chunk.id]
@@ -255,6 +315,35 @@ class Stores(RuleBasedStateMachine):
             assert (chunk.state == 3) == (0 not in mine), "a chunk is done exactly when none of its jobs is open"
         counts = self.batch_store.counts(self.batch.id)
         assert counts.open == len(self._open_of_batch())
+
+    def _hold(self, worker: int, one: Claimed, alone: bool) -> None:
+        if alone and one.suspect:
+            assert self.chunk_store.run_alone(one.chunk, one.token, worker)
+        self.world.holds.append(Hold(worker, one.chunk, one.token, [j.id for j in one.jobs]))
+
+    def _held(self, worker: int) -> list[Held]:
+        """What a worker holds; a job is to blame for its loss that is by itself in a chunk that runs alone."""
+        found = []
+        for held in self.chunk_store.held(worker):
+            jobs = sorted(self.chunk_store.open_jobs([held.chunk]))
+            with self.database.read() as connection:
+                row = connection.execute(
+                    text("SELECT suspect, alone FROM chunks WHERE id = :c"), {"c": held.chunk}
+                ).one()
+            found.append(Held(held.chunk, jobs, bool(row.suspect), len(jobs) == 1 and bool(row.alone)))
+        return found
+
+    def _lose(self, jobs: list[int], *, blamed: bool = False, for_good: bool = False) -> None:
+        for job in (self.world.jobs[j] for j in jobs):
+            job.tries.append("failed" if blamed else "lost")
+            job.failures += blamed  # nobody else is ever blamed
+            if for_good or job.failures >= MAX_ATTEMPTS:
+                job.end = End.FAILED
+
+    def _replace(self, worker: int) -> None:
+        assert self.chunk_store.held(self.workers[worker]) == []
+        self.world.dead.append(self.workers[worker])
+        self.workers[worker] = self.fleet.register("n", host="h", pid=1, device="cpu").id
 
     def _holds(self, hold: Hold) -> bool:
         with self.database.read() as connection:

@@ -17,7 +17,7 @@ from torchrelay_storage.errors import BatchNotFound, InvalidInput, KeyConflict, 
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_reader import JobFilter
 from torchrelay_storage.job_store import JobStore, Outcome
-from torchrelay_storage.options import Options
+from torchrelay_storage.options import Backoff, Options
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.retention import Retention
 from torchrelay_storage.states import End, JobState
@@ -271,7 +271,7 @@ def test_pages_are_what_a_full_scan_would_give(database: Database, version: Mode
 
 @pytest.mark.parametrize("place", range(4))
 def test_rescue_halves_until_the_guilty_job_is_alone(database: Database, version: ModelVersion, place: int) -> None:
-    jobs = submit(database, version, 4, options=Options(max_attempts=2))
+    jobs = submit(database, version, 4, options=Options(max_attempts=2, backoff=Backoff(seconds=0)))
     store, chunks, fleet = JobStore(database), ChunkStore(database), Fleet(database)
     guilty = jobs[place]
     for _ in range(40):
@@ -280,6 +280,8 @@ def test_rescue_halves_until_the_guilty_job_is_alone(database: Database, version
             break
         worker = fleet.register("w", host="h", pid=1, device="cpu").id
         for claimed in chunks.claim([announced[0].chunk], worker):
+            if claimed.suspect:
+                assert chunks.run_alone(claimed.chunk, claimed.token, worker)
             if guilty in [j.id for j in claimed.jobs]:
                 fleet.stop(worker)  # it took the worker down
                 chunks.rescue(60)
@@ -319,10 +321,15 @@ def test_a_silent_worker_is_stale_and_a_beating_one_is_not(database: Database, v
     with database.write() as connection:
         connection.execute(text("UPDATE workers SET beat_at = beat_at - 100"))
     assert [w.alive for w in fleet.workers(60)] == [False]
-    assert chunks.rescue(60).count == 4
+    assert chunks.rescue(None).count == 0, "it may live: nobody could be heard"
     assert fleet.beat(silent, {"x": 1})
-    fleet.stop(silent)
-    assert not fleet.beat(silent)
+    with database.write() as connection:
+        connection.execute(text("UPDATE workers SET beat_at = beat_at - 100"))
+    assert chunks.rescue(60).count == 4
+    assert not fleet.beat(silent, {"x": 1}), "should it come back, it learns that it was given up"
+    [row] = fleet.workers(60, ended=True)
+    assert (row.alive, row.ended) == (False, "fell silent")
+    assert chunks.claim([jobs[0]], silent) == [], "nor does it get anything new"
     assert fleet.forget(0) == 1
 
 
