@@ -13,8 +13,10 @@ from torchrelay_storage.artifacts import Artifacts
 from torchrelay_storage.chunk_store import Claimed, ClaimedJob, Held
 from torchrelay_storage.errors import ModelNotFound
 from torchrelay_storage.job_store import Finished, Outcome
+from torchrelay_storage.options import Backoff
 from torchrelay_storage.registry import ModelVersion
 from torchrelay_worker import Model
+from torchrelay_worker.blackbox import scratch
 from torchrelay_worker.models.residency import Resident, limits_of
 from torchrelay_worker.pipeline.batcher import Batcher
 from torchrelay_worker.pipeline.device import Device
@@ -74,10 +76,11 @@ def chunk(
     version: int = 1,
     priority: int = 5,
     suspect: bool = False,
+    backoff: Backoff | None = None,
 ) -> Claimed:
     """Return a claimed chunk; its jobs are numbered from 100 times its own number."""
     jobs = tuple(ClaimedJob(100 * number + i, values.encode(x), failures) for i, x in enumerate(inputs))
-    return Claimed(number, token, 10 * version, version, None, priority, timeout, max_attempts, jobs, suspect)
+    return Claimed(number, token, 10 * version, version, None, priority, timeout, max_attempts, jobs, suspect, backoff)
 
 
 class Store:
@@ -92,6 +95,7 @@ class Store:
         self.held_now: list[Held] = []
         self.open: set[int] = set()
         self.handed_back: list[tuple[int, int]] = []
+        self.alone: list[int] = []
         self.changed = threading.Condition()
 
     def claim(self, chunks: Sequence[int], worker: int) -> list[Claimed]:
@@ -101,6 +105,11 @@ class Store:
     def claim_next(self, models: Sequence[int], worker: int, limit: int) -> list[Claimed]:
         self._fail()
         return self.claim([c.chunk for c in self.waiting.values() if c.model in models][:limit], worker)
+
+    def run_alone(self, chunk: int, token: int, worker: int) -> bool:
+        self._fail()
+        self.alone.append(chunk)
+        return chunk not in self.refused
 
     def finish(self, outcomes: Sequence[Outcome], worker: int) -> Finished:
         self._fail()
@@ -164,6 +173,9 @@ class Loaded:
         self.pins = dict.fromkeys(models, 0)
         self.is_waited_for = False
 
+    def load_timeout(self, number: int) -> float:
+        return 60.0
+
     def resident(self) -> frozenset[int]:
         return frozenset(self.all)
 
@@ -191,6 +203,7 @@ class Line:
         self.ledger = Ledger()
         self.batcher: Batcher[Work] = Batcher()
         self.watch = Watch()
+        self.box = scratch()
         self.artifacts = Artifacts("memory://")
         self.residency = Loaded({1: model})
         self.fatal: list[BaseException] = []
@@ -205,12 +218,17 @@ class Line:
             inline_limit=inline_limit,
             fatal=self._fatal,
             longest_wait=0.05,
+            box=self.box,
+            watch=self.watch,
         )
         residency: Any = self.residency
-        self.device = Device(self.batcher, self.recorder, self.ledger, residency, self.watch, fatal=self._fatal)
-        self.preparer = Preparer(
-            self.batcher, self.recorder, self.ledger, self.artifacts, self.watch, threads=2, fatal=self._fatal
+        self.device = Device(
+            self.batcher, self.recorder, self.ledger, residency, self.watch, fatal=self._fatal, box=self.box
         )
+        self.preparer = Preparer(
+            self.batcher, self.recorder, self.ledger, self.artifacts, self.watch,
+            threads=2, fatal=self._fatal, box=self.box,
+        )  # fmt: skip
 
     def _fatal(self, error: BaseException) -> None:
         self.fatal.append(error)

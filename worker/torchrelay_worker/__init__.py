@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchrelay_storage.errors import InvalidDataset, InvalidInput
+from torchrelay_storage.options import Backoff
 
 if TYPE_CHECKING:
     from torchrelay_worker.models.model import Model
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torchrelay_worker.training.data import Table
     from torchrelay_worker.training.recipe import Exported, Recipe
 
-__all__ = ["Exported", "InvalidDataset", "InvalidInput", "Model", "Recipe", "Table", "Weights"]
+__all__ = ["Backoff", "Exported", "InvalidDataset", "InvalidInput", "Model", "Recipe", "Table", "Weights"]
 
 _MODULES = {
     "Exported": "torchrelay_worker.training.recipe",

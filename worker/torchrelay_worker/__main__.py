@@ -15,7 +15,8 @@ from torchrelay.settings import Settings
 from torchrelay_storage.errors import InvalidInput, RelayError, Unreachable
 from torchrelay_worker import logs
 from torchrelay_worker.exits import EXIT_UNREACHABLE, EXIT_USAGE
-from torchrelay_worker.supervisor import Options, Supervisor
+from torchrelay_worker.inner import Options
+from torchrelay_worker.supervisor import Supervisor
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -38,6 +39,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--threads", type=_count, default=2, help="threads that preprocess inputs (default: 2)")
     parser.add_argument("--torch-threads", type=_count, help="threads of one forward pass on a CPU (default: torch's)")
     parser.add_argument("--max-loaded", type=_count, help="models loaded at a time (default: what memory takes)")
+    parser.add_argument("--max-jobs", type=_count, help="replace the process after so many jobs (default: never)")
+    parser.add_argument("--max-memory", type=_count, metavar="MIB", help="replace it above so much memory")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds for the running batch at the end")
     parser.add_argument("--log-level", choices=logs.LEVELS, default="warning")
     found = parser.parse_args(argv)
@@ -54,6 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         threads=found.threads,
         torch_threads=found.torch_threads,
         max_loaded=found.max_loaded,
+        max_jobs=found.max_jobs,
+        max_memory=found.max_memory,
         grace=found.grace,
         log_level=found.log_level,
     )

@@ -26,11 +26,11 @@ from torchrelay_storage.artifacts import Artifacts
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, NotFound, RelayError, Unreachable
 from torchrelay_storage.registry import Registry
+from torchrelay_worker.arguments import resolve_device
 from torchrelay_worker.exits import EXIT_UNREACHABLE, EXIT_USAGE
 from torchrelay_worker.models.handlers import Handlers
 from torchrelay_worker.models.model import Model, move
 from torchrelay_worker.models.weights import Weights, WeightsCache
-from torchrelay_worker.worker import resolve_device
 
 T = TypeVar("T")
 

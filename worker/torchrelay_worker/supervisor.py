@@ -11,15 +11,9 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import orjson
 import structlog
 
 from torchrelay.announcer import Announcer
@@ -31,103 +25,22 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.retention import Retention
-from torchrelay_worker.exits import EXIT_LOST, EXIT_USAGE
+from torchrelay_worker.exits import EXIT_LOST, EXIT_RECYCLE, EXIT_USAGE
+from torchrelay_worker.inner import Inner, Options
 from torchrelay_worker.maintenance.announce import Announce
 from torchrelay_worker.maintenance.expire import Expire
 from torchrelay_worker.maintenance.leader import Duty, Leader
 from torchrelay_worker.maintenance.purge import Purge
+from torchrelay_worker.maintenance.reach import Reach
 from torchrelay_worker.maintenance.rescue import Rescue
+from torchrelay_worker.postmortem import Postmortem, described
 
 log = structlog.get_logger("torchrelay.supervisor")
 
 LOOK_SECONDS = 0.25
-START_SECONDS = 180.0  # until the first report: torch is imported, a CUDA context made
-SILENT_SECONDS = 30.0  # without a report while nothing is known to run: the process hangs
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 10.0
+SPARE_SECONDS = 30.0  # that a spare process is kept after what it was started for has ended
 END_SECONDS = 10.0  # beyond the grace, until an inner process that was asked to end is killed
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says."""
-
-    name: str
-    models: Sequence[str] | None = None
-    train: str = "no"  # "also": training runs beside inference; "only": nothing else
-    device: str = "auto"
-    threads: int = 2
-    torch_threads: int | None = None
-    max_loaded: int | None = None
-    grace: float = 30.0  # seconds for the running device batch when the worker is asked to end
-    log_level: str = "warning"
-
-
-class Inner:
-    """The inner process, and what it reports."""
-
-    def __init__(self, worker: int, settings: Settings, options: Options) -> None:
-        self.worker = worker
-        self.started = self.reported = time.monotonic()
-        self.has_reported = False
-        self.deadline: float | None = None
-        self.alone: int | None = None  # the only chunk that runs
-        self.stats: Mapping[str, Any] = {}
-        self._buffer = b""
-        self.reports, write_end = os.pipe()
-        os.set_blocking(self.reports, False)
-        command = [sys.executable, "-m", "torchrelay_worker.worker"]
-        command += ["--worker-id", str(worker), "--report-fd", str(write_end), "--name", options.name]
-        command += ["--device", options.device, "--threads", str(options.threads), "--grace", str(options.grace)]
-        command += ["--train", options.train, "--log-level", options.log_level]
-        for flag, value in (
-            ("--models", ",".join(options.models or ())),
-            ("--torch-threads", options.torch_threads),
-            ("--max-loaded", options.max_loaded),
-        ):
-            if value:
-                command += [flag, str(value)]
-        try:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # its end of file tells the process that we are gone
-                stdout=2,  # what Celery and authors print is news for the operator, not output
-                pass_fds=(write_end,),
-                env={**os.environ, **settings.as_environment()},
-                process_group=0,  # Ctrl-C in a terminal is the supervisor's; it ends the process in its own order
-            )
-        finally:
-            os.close(write_end)
-
-    def read(self) -> None:
-        """Take in the reports that have come."""
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self.reports, 65_536):
-                self._buffer += data
-        *lines, self._buffer = self._buffer.split(b"\n")
-        for line in lines:
-            report = orjson.loads(line)
-            if "alone" in report:
-                self.alone = report["alone"]
-                continue
-            self.reported = time.monotonic()
-            self.has_reported = True
-            self.deadline = None if report["left"] is None else self.reported + report["left"]
-            self.stats = report["stats"]
-
-    def trouble(self) -> str | None:
-        """Return why the process must be killed, or None while it is well."""
-        now = time.monotonic()
-        if self.deadline is not None:
-            return "a device batch has overrun its limit" if now > self.deadline else None
-        if not self.has_reported:
-            return "it did not start in time" if now - self.started > START_SECONDS else None
-        return "it does not answer" if now - self.reported > SILENT_SECONDS else None
-
-    def close(self) -> None:
-        """Close the pipes of a process that has ended."""
-        os.close(self.reports)
-        if self.process.stdin is not None:
-            self.process.stdin.close()
 
 
 class Supervisor:
@@ -140,8 +53,12 @@ class Supervisor:
         self._broker = Broker(settings)
         self._fleet = Fleet(self._database)
         self._chunks = ChunkStore(self._database)
-        self._rescue = Rescue(self._chunks, self._broker.publish_ended, settings.stale_after)
+        self._reach = Reach(settings.stale_after)
+        self._rescue = Rescue(self._chunks, self._broker.publish_ended, settings.stale_after, self._reach)
+        self._postmortem = Postmortem(self._chunks, self._fleet, self._broker.publish_ended)
         self._inner: Inner | None = None
+        self._spare: Inner | None = None  # waits to take over at once
+        self._spare_wanted_at = float("-inf")
         self._incarnation = 0
         self._given_up = threading.Event()  # the database says that our incarnation has ended
         self._signals = 0
@@ -175,10 +92,11 @@ class Supervisor:
         heart = threading.Thread(target=self._beat, name="heart", daemon=True)
         heart.start()
         try:
-            with Leader(self._fleet, lambda: self._incarnation, duties):
+            with Leader(self._fleet, lambda: self._incarnation, duties, answered=self._reach.note):
                 return self._supervise()
         finally:
             self._closing.set()
+            self._drop_spare()
             heart.join(self._settings.heartbeat)
             self._broker.close()
             self._database.dispose()
@@ -220,35 +138,45 @@ class Supervisor:
         backoff = FIRST_BACKOFF
         while True:
             self._given_up.clear()
-            inner = self._inner = Inner(self._incarnation, self._settings, self._options)
-            asked = self._watch(inner)
+            inner, self._spare = self._spare or Inner(self._settings, self._options), None
+            inner.go(self._incarnation)
+            self._inner = inner
+            asked, killed_for = self._watch(inner)
             code = inner.process.wait()
             inner.read()
             self._inner = None
             inner.close()
+            ended = described(code, killed_for, inner.last_words)
+            if asked and not inner.overran:
+                self._postmortem.of_ended(inner, "it was asked to end" if killed_for is None else ended)
+            elif code in (EXIT_USAGE, EXIT_RECYCLE):
+                self._postmortem.of_ended(inner, ended if code == EXIT_USAGE else "its process was replaced")
+            elif self._given_up.is_set():
+                log.warning("inner_process_ended", reason="another worker has its chunks", effect="it is replaced")
+            else:
+                log.warning("inner_process_ended", reason=ended, effect="what it held waits again, and it is replaced")
+                self._postmortem.of_dead(inner, ended)
+                if inner.has_reported:  # its suspects run now, and the guilty one takes the next process down too
+                    self._spare_wanted_at = time.monotonic()
             if asked or code == EXIT_USAGE:
-                self._mark_stopped(inner.worker)
-                ended_well = asked and code in (0, -signal.SIGTERM)  # the latter while it was still importing torch
+                ended_well = asked and code in (0, EXIT_RECYCLE, -signal.SIGTERM)  # the last while it was importing
                 return 0 if ended_well else code if code >= 0 else EXIT_LOST
-            log.warning("inner_process_ended", code=code, effect="its chunks are rescued, and it is replaced")
-            self._return_innocents(inner)
-            self._mark_stopped(inner.worker)
-            self._rescue_now()
             if inner.stats.get("recorded"):  # it has done something: no reason to hold the rest up
                 backoff = FIRST_BACKOFF
-            self._pause(backoff)
+            if self._spare is None and code != EXIT_RECYCLE:
+                self._pause(backoff)
+                backoff = min(2 * backoff, LONGEST_BACKOFF)
             if self._signals:
                 return 0
-            backoff = min(2 * backoff, LONGEST_BACKOFF)
             self._register()
             if self._signals:
                 self._mark_stopped(self._incarnation)
                 return 0
 
-    def _watch(self, inner: Inner) -> bool:
-        """Return once the inner process has ended: True if it was asked to."""
+    def _watch(self, inner: Inner) -> tuple[bool, str | None]:
+        """Return once the inner process has ended: whether it was asked to, and why it was killed if it was."""
         asked_at: float | None = None
-        killed = False
+        killed_for: str | None = None
         with selectors.DefaultSelector() as selector:
             selector.register(inner.reports, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
@@ -256,21 +184,47 @@ class Supervisor:
                 for key, _ in selector.select(LOOK_SECONDS):
                     if key.fd == self._wake_read:
                         os.read(self._wake_read, 512)
-                    elif killed or inner.process.poll() is not None:
+                    elif killed_for is not None or inner.process.poll() is not None:
                         selector.unregister(inner.reports)
                     else:
                         inner.read()
                 if self._signals and asked_at is None:
                     asked_at = time.monotonic()
                     inner.process.terminate()
-                overdue = asked_at is not None and time.monotonic() - asked_at > self._options.grace + END_SECONDS
-                trouble = inner.trouble() or ("another worker has its chunks" if self._given_up.is_set() else None)
-                if not killed and (self._signals > 1 or overdue or trouble):
-                    if trouble:
-                        log.warning("inner_process_killed", reason=trouble)
-                    inner.process.kill()
-                    killed = True
-        return asked_at is not None
+                if killed_for is None:
+                    killed_for = self._reason_to_kill(inner, asked_at)
+                    if killed_for is not None:
+                        log.warning("inner_process_killed", reason=killed_for)
+                        inner.process.kill()
+                    self._keep_spare(inner, wanted=asked_at is None)
+        return asked_at is not None, killed_for
+
+    def _reason_to_kill(self, inner: Inner, asked_at: float | None) -> str | None:
+        if self._signals > 1:
+            return "it was asked to end at once"
+        if asked_at is not None and time.monotonic() - asked_at > self._options.grace + END_SECONDS:
+            return "its time to end in was over"
+        if self._given_up.is_set():
+            return "another worker has its chunks"
+        trouble = inner.trouble()
+        inner.overran = trouble is not None and inner.has_overrun
+        return trouble
+
+    def _keep_spare(self, inner: Inner, *, wanted: bool) -> None:
+        """Have a second process ready while the first may soon have to be replaced: a new one imports for seconds."""
+        now = time.monotonic()
+        if inner.is_late:
+            self._spare_wanted_at = now
+        if not wanted or now - self._spare_wanted_at > SPARE_SECONDS:
+            self._drop_spare()
+        elif self._spare is None or self._spare.process.poll() is not None:
+            self._drop_spare()
+            self._spare = Inner(self._settings, self._options)
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.end()
+            self._spare = None
 
     def _register(self) -> None:
         while True:
@@ -294,24 +248,6 @@ class Supervisor:
             self._fleet.stop(worker)
         except RelayError as error:
             log.info("not_marked_stopped", reason=str(error), effect="it counts as gone once it is stale")
-
-    def _return_innocents(self, inner: Inner) -> None:
-        """Hand back what a lost process held, but for the chunk that ran alone: that one took it down.
-
-        Where several ran, nobody can say which it was. All go back without blame, and whoever claims them next runs
-        each alone; so a job is blamed for its own doing only.
-        """
-        try:
-            held = [(h.chunk, h.token) for h in self._chunks.held(inner.worker) if h.chunk != inner.alone]
-            self._chunks.hand_back(held, inner.worker, suspect=True)
-        except RelayError as error:
-            log.info("not_handed_back", reason=str(error), effect="they are rescued instead")
-
-    def _rescue_now(self) -> None:
-        try:
-            self._rescue.run()
-        except RelayError as error:
-            log.info("not_rescued_yet", reason=str(error))
 
     # --- the heart ----------------------------------------------------------------------------------------
 

@@ -12,11 +12,9 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import orjson
 import structlog
 import torch
 
@@ -28,11 +26,16 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, RelayError, SchemaMismatch, Unreachable
 from torchrelay_storage.registry import Registry
 from torchrelay_worker import logs
-from torchrelay_worker.exits import EXIT_LOST, EXIT_USAGE
+from torchrelay_worker.arguments import parse, resolve_device
+from torchrelay_worker.blackbox import BlackBox
+from torchrelay_worker.exits import EXIT_LOST, EXIT_RECYCLE, EXIT_USAGE
 from torchrelay_worker.models.handlers import Handlers
 from torchrelay_worker.pipeline.consumer import Consumer
 from torchrelay_worker.pipeline.device import DeviceLost
 from torchrelay_worker.pipeline.pipeline import Pipeline, Road, Setup
+from torchrelay_worker.pipeline.silence import Silence
+from torchrelay_worker.recycling import Recycling
+from torchrelay_worker.reports import Reports, follow_supervisor, wait_to_go
 from torchrelay_worker.training.catalog import Recipes
 from torchrelay_worker.training.gate import Gate
 from torchrelay_worker.training.lanes import Lanes
@@ -40,79 +43,9 @@ from torchrelay_worker.training.launcher import Launcher, Site
 
 log = structlog.get_logger("torchrelay.worker")
 
-REPORT_SECONDS = 0.5
 FLUSH_SECONDS = 5.0  # to record what ran before the device was lost
 CELERY_SECONDS = 5.0  # that Celery has to end after the pipeline; a silent Redis would hold it for ever
-ORPHAN_SECONDS = 8.0  # that a worker has to end in after its supervisor: less than `stale_after`
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device for `auto`, `cpu`, `cuda`, `cuda:1`. Raises InvalidInput if this machine has none such."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise InvalidInput(f"device {name!r}: this torch ({torch.__version__}) finds no CUDA device")
-            index = device.index if device.index is not None else 0
-            if index >= torch.cuda.device_count():
-                raise InvalidInput(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(f"device {name!r} cannot be used: {error}") from error
-    return device
-
-
-class Reports:
-    """Tells the supervisor each half second that this process answers, and until when what it runs may run."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._file = os.fdopen(descriptor, "wb", buffering=0)
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-
-    def start(self, left: Callable[[], float | None], stats: Callable[[], Any]) -> None:
-        """Report until `close`, or until nobody reads."""
-
-        def report() -> None:
-            while self._write({"left": left(), "stats": stats()}) and not self._closing.wait(REPORT_SECONDS):
-                pass
-
-        threading.Thread(target=report, name="reports", daemon=True).start()
-
-    def alone(self, chunk: int | None) -> None:
-        """Say which chunk is the only one that runs, before it does."""
-        self._write({"alone": chunk})
-
-    def _write(self, report: dict[str, Any]) -> bool:
-        try:
-            with self._lock:
-                self._file.write(orjson.dumps(report) + b"\n")
-        except OSError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """End the thread."""
-        self._closing.set()
-
-
-def follow_supervisor() -> None:
-    """End this process when the supervisor closes our standard input, which its death does too."""
-
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        log.info("supervisor_gone")
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN_SECONDS)
-        os._exit(EXIT_LOST)
-
-    threading.Thread(target=wait, name="leash", daemon=True).start()
+LAST_WORDS = 2_000  # characters: one write that a pipe takes whole
 
 
 def _gate(settings: Settings, arguments: argparse.Namespace) -> contextlib.AbstractContextManager[Gate | None]:
@@ -160,6 +93,7 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
     ended = threading.Event()
 
     def fatal(error: BaseException) -> None:
+        reports.last(f"{type(error).__name__}: {error}"[:LAST_WORDS])
         if isinstance(error, DeviceLost):
             pipeline.recorder.flush(FLUSH_SECONDS)
         sys.stderr.flush()
@@ -179,17 +113,18 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             threads=arguments.threads,
             max_loaded=arguments.max_loaded,
             grace=arguments.grace,
+            box=BlackBox(arguments.black_box_fd),
             **training,
         )
         road = Road(wake=announcer.wake, publish=broker.publish_ended, is_up=broker.is_up)
         reports = Reports(arguments.report_fd)
-        pipeline = Pipeline(setup, road, fatal, reports.alone)
+        pipeline = Pipeline(setup, road, fatal)
 
         def stop() -> None:
             pipeline.stop()
             if not ended.wait(CELERY_SECONDS):
                 log.info("celery_did_not_end")
-                os._exit(0)
+                os._exit(EXIT_RECYCLE if keeper.wanted else 0)
 
         consumer = Consumer(
             make_app(settings, worker=True),
@@ -198,35 +133,34 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
             name=f"{arguments.name}@{socket.gethostname()}",
             shutting_down=stop,
         )
+        silence = Silence(
+            pipeline.intake,
+            consumer,
+            served=pipeline.serving.names,
+            depths=broker.depths,
+            seconds=settings.silent_after,
+        )
+        keeper = Recycling(
+            recorded=lambda: pipeline.recorder.recorded,
+            silent=silence.look,
+            stop=stop,
+            is_stopping=lambda: pipeline.is_stopping,
+            must_wait=lambda: pipeline.recorder.is_waiting,
+            max_jobs=arguments.max_jobs,
+            max_memory=arguments.max_memory,
+        )
         pipeline.opened = consumer.opened
         pipeline.serving.added = consumer.added
-        reports.start(pipeline.watch.left, pipeline.stats)
+        reports.start(pipeline.report)
         try:
-            with pipeline:
+            with pipeline, keeper:
                 consumer.run()
         finally:
             ended.set()
             reports.close()
     broker.close()
     database.dispose()
-    return 0
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read what the supervisor passes."""
-    parser = argparse.ArgumentParser(prog="torchrelay_worker.worker", description="started by the supervisor")
-    parser.add_argument("--worker-id", type=int, required=True)
-    parser.add_argument("--report-fd", type=int, required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--models", type=lambda text: [m for m in text.split(",") if m] or None, default=None)
-    parser.add_argument("--train", choices=("no", "also", "only"), default="no")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--torch-threads", type=int, default=None)
-    parser.add_argument("--max-loaded", type=int, default=None)
-    parser.add_argument("--grace", type=float, default=30.0)
-    parser.add_argument("--log-level", choices=logs.LEVELS, default="warning")
-    return parser.parse_args(argv)
+    return EXIT_RECYCLE if keeper.wanted else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery has its own handler
     logs.configure(arguments.log_level)
     structlog.contextvars.bind_contextvars(worker=arguments.name)
+    arguments.worker_id = wait_to_go()
+    if arguments.worker_id is None:
+        return 0
     follow_supervisor()
     try:
         return run(Settings.load(), arguments)

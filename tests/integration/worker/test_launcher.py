@@ -19,7 +19,7 @@ from torchrelay_storage.chunk_store import ChunkStore, Claimed
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_store import JobStore
-from torchrelay_storage.options import Options
+from torchrelay_storage.options import Backoff, Options
 from torchrelay_storage.registry import Registry
 from torchrelay_storage.run_spec import Dataset, RunSpec
 from torchrelay_storage.run_writer import RunHold, RunWriter
@@ -216,3 +216,6 @@ def test_the_command_line(rig: Rig, tmp_path: Path) -> None:
     assert two[two.index("--nproc-per-node") + 1] == "2"
     assert two[two.index("--threads") + 1] == "1", "the processes share the cores"
     assert two[two.index("--gate") + 1] == str(tmp_path / "gate")
+    patient = Backoff(seconds=60.0)
+    own = launcher.command(rig.site, hold, 1, patient)
+    assert Backoff.decode(own[own.index("--backoff") + 1]) == patient

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servers import wait_until
 from torchrelay_storage import values
+from torchrelay_storage.errors import Unreachable
 from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.states import End
-from torchrelay_worker.pipeline.device import DeviceLost, is_lost, is_out_of_memory
+from torchrelay_worker.pipeline import recorder
+from torchrelay_worker.pipeline.device import CANCEL_SECONDS, DeviceLost, is_lost, is_out_of_memory
 from worker_fakes import Line, Plus, chunk
 
 
@@ -197,3 +200,117 @@ def test_stop_lets_the_running_batch_end_and_starts_no_other() -> None:
         line.recorder.flush(20)
     assert sorted(line.store.outcomes) == list(range(100, 108))
     assert [h.claimed.chunk for h in line.ledger.holds()] == [2]
+
+
+# --- what the supervisor and the warden are told ------------------------------------------------------------
+
+
+class Blocks(Plus):
+    """Runs until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running, self.go_on = threading.Event(), threading.Event()
+        self.trouble = self._block
+
+    def _block(self, batch: torch.Tensor) -> None:
+        self.running.set()
+        assert self.go_on.wait(20)
+
+
+def test_the_black_box_names_the_jobs_that_run_and_no_others() -> None:
+    model = Blocks()
+    with Line(model) as line:
+        line.put(chunk(1, range(8)))
+        assert model.running.wait(20)
+        line.put(chunk(2, range(8)))
+        assert line.box.read().jobs == set(range(100, 108))
+        model.go_on.set()
+        line.store.wait_for(16)
+        wait_until(lambda: not line.box.read().jobs, 10, "an empty box")
+
+
+def test_a_lost_device_leaves_its_jobs_in_the_black_box() -> None:
+    def trouble(batch: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    model = Plus()
+    model.trouble = trouble
+    with Line(model) as line:
+        line.put(chunk(1, range(4)))
+        assert line.lost.wait(20)
+        assert line.box.read().jobs == set(range(100, 104))
+
+
+def test_what_nobody_wants_any_more_is_given_little_time() -> None:
+    model = Blocks()
+    with Line(model) as line:
+        hold = line.put(chunk(1, range(8), timeout=600.0))
+        assert model.running.wait(20)
+        hold.cancelled = frozenset(range(100, 107))
+        line.device.forsake()
+        assert (line.watch.left() or 0) > 500, "one is still wanted"
+        hold.cancelled = frozenset(range(100, 108))
+        line.device.forsake()
+        assert 0 < (line.watch.left() or 0) <= CANCEL_SECONDS
+        assert "cancelled" in (line.watch.reason() or "")
+        model.go_on.set()
+        wait_until(lambda: line.watch.left() is None, 10, "the end")
+        assert line.recorder.flush(10)
+    assert not line.store.outcomes
+
+
+def test_close_tells_what_runs_so_that_the_rest_can_go_back_at_once() -> None:
+    model = Blocks()
+    with Line(model) as line:
+        running = line.put(chunk(1, range(8)))
+        assert model.running.wait(20)
+        line.put(chunk(2, range(8)))
+        assert line.device.close() == {running}
+        model.go_on.set()
+        assert line.device.stop(20)
+        line.store.wait_for(8)
+    assert sorted(line.store.outcomes) == list(range(100, 108))
+    assert line.device.close() == set()
+
+
+def test_mates_of_a_batch_that_was_late_keep_their_results() -> None:
+    model = Plus()
+    model.trouble = lambda batch: threading.Event().wait(0.2) and None
+    with Line(model) as line:
+        outcomes = line.run(chunk(1, range(4), timeout=0.05))
+    assert all(o.end is End.SUCCEEDED for o in outcomes.values()), "nobody knows whose fault it was"
+
+
+def test_each_part_of_a_batch_that_failed_has_its_own_time() -> None:
+    clock, lefts = [0.0], list[float]()
+
+    def trouble(batch: torch.Tensor) -> None:
+        lefts.append(line.watch.left() or 0.0)
+        clock[0] += 8.0  # of the ten that it may take
+        if (batch == 3).any():
+            raise ValueError("guilty")
+
+    model = Plus()
+    model.trouble = trouble
+    line = Line(model)
+    line.watch._clock = lambda: clock[0]
+    with line:
+        line.run(chunk(1, range(8), timeout=10.0, max_attempts=1))
+    assert len(lefts) == 7
+    assert min(lefts) >= 10.0
+
+
+def test_a_device_that_waits_for_the_database_does_not_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "WAITING", 8)
+    line = Line(Plus())
+    line.store.faults = [Unreachable("away")] * 1_000_000
+    with line:
+        line.put(chunk(1, range(64)))
+        wait_until(lambda: line.device._is_recording, 10, "a device that waits")
+        turns = line.device.turns
+        wait_until(line.batcher.counts, 10, "inputs that wait")
+        assert not line.device.has_waiting
+        assert line.device.turns == turns
+        line.store.faults = []
+        line.store.wait_for(64)

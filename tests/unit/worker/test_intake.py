@@ -11,8 +11,10 @@ import pytest
 from servers import wait_until
 from torchrelay_storage.chunk_store import Claimed
 from torchrelay_storage.errors import Unreachable
+from torchrelay_worker.models.model import revision_of
 from torchrelay_worker.models.residency import LoadFailed, Resident
 from torchrelay_worker.pipeline.intake import Intake
+from torchrelay_worker.pipeline.loader import Loader
 from torchrelay_worker.pipeline.pace import Pace
 from worker_fakes import Line, Plus, Store, chunk
 
@@ -39,28 +41,45 @@ class Rig:
         self.line = Line(self.model, Store(chunks))
         self.pace = Pace()
         self.woken: list[str] = []
-        self.alone: list[int | None] = []
         self.opened = 0
         self.places = Places(room)
         residency: Any = self.line.residency
+        self.served: list[tuple[int, str]] = []
+        self.loader = Loader(
+            residency,
+            self.line.recorder,
+            self.line.watch,
+            self.line.box,
+            send=self.line.preparer.put,
+            serves=lambda version, revision: self.served.append((version, revision)),
+        )
         self.intake = Intake(
             self.line.store,
             self.line.ledger,
             self.line.preparer,
-            self.line.recorder,
-            residency,
+            self.loader,
             pace=self.pace,
             worker=7,
             served=lambda: {"m": 10, "train:a": 20, "train:b": 30} if room else {"m": 10},
             wake=self.woken.append,
             redis_is_up=lambda: redis_is_up,
             opened=self._opened,
-            alone=self.alone.append,
             lanes=lambda: {20, 30} if room else set(),
             runs=self.places,
         )
         self.line.ledger.changed = self.intake.nudge
-        self.line.ledger.released = self.intake.unpin
+        self.line.ledger.released = self.loader.unpin
+        self.loader.loaded, self.loader.nudge = self.intake.has_loaded, self.intake.nudge
+
+    def start(self) -> None:
+        self.line.__enter__()
+        self.loader.start()
+        self.intake.start()
+
+    def stop(self) -> None:
+        self.intake.stop(10)
+        self.loader.close()
+        self.line.__exit__()
 
     def _opened(self) -> None:
         self.opened += 1
@@ -82,14 +101,12 @@ def rig() -> Iterator[Callable[..., Rig]]:
         made = Rig(chunks, **options)
         rigs.append(made)
         if start:
-            made.line.__enter__()
-            made.intake.start()
+            made.start()
         return made
 
     yield make
     for made in rigs:
-        made.intake.stop(10)
-        made.line.__exit__()
+        made.stop()
 
 
 def test_what_is_offered_is_claimed_run_and_followed_by_a_wake(rig: Callable[..., Rig]) -> None:
@@ -98,7 +115,7 @@ def test_what_is_offered_is_claimed_run_and_followed_by_a_wake(rig: Callable[...
     assert len(made.line.store.wait_for(2)) == 2
     wait_until(lambda: made.woken == ["m"], 10, "the wake")
     wait_until(lambda: made.line.residency.pins[1] == 0, 10, "the pin given back")
-    assert made.alone == []
+    assert made.line.store.alone == []
 
 
 def test_a_message_whose_chunk_is_not_ours_is_done_with(rig: Callable[..., Rig]) -> None:
@@ -114,8 +131,7 @@ def test_small_chunks_that_wait_are_claimed_together(rig: Callable[..., Rig]) ->
     made.line.store.claim = lambda chunks, worker: claims.append(len(chunks)) or claim(chunks, worker)  # type: ignore[method-assign, func-returns-value]
     threads = made.offer(*range(1, 9))
     wait_until(lambda: len(made.intake._offers) == 8, 10, "the offers")
-    made.line.__enter__()
-    made.intake.start()
+    made.start()
     made.line.store.wait_for(8)
     assert claims == [8]
     for thread in threads:
@@ -146,8 +162,7 @@ def test_while_redis_is_away_chunks_come_from_sql(rig: Callable[..., Rig]) -> No
 def test_while_the_database_is_away_offers_wait(rig: Callable[..., Rig]) -> None:
     made = rig([chunk(1, [1])], start=False)
     made.line.store.faults = [Unreachable("away")]
-    made.line.__enter__()
-    made.intake.start()
+    made.start()
     assert made.intake.offer("m", 1)
     assert len(made.line.store.wait_for(1)) == 1
 
@@ -194,6 +209,7 @@ def test_a_model_is_loaded_once_for_all_that_wait(rig: Callable[..., Rig]) -> No
     made.offer(1, 2)
     made.line.store.wait_for(2)
     assert loads == [1]
+    assert made.served == [(1, revision_of(Plus))]
     wait_until(lambda: made.line.residency.pins[1] == 0, 10, "the pins given back")
 
 
@@ -210,8 +226,8 @@ def test_chunks_that_came_back_run_alone_and_one_by_one(rig: Callable[..., Rig])
     go_on.set()
     made.line.store.wait_for(8)
     assert sorted(made.model.batches[1:]) == [[10.0, 11.0], [20.0], [30.0]]
-    assert sorted(c for c in made.alone if c) == [2, 3]
-    wait_until(lambda: made.alone[-1] is None, 10, "the end of it")
+    assert sorted(made.line.store.alone) == [2, 3]
+    wait_until(lambda: made.intake.has_room("m"), 10, "the end of it")
 
 
 def test_a_run_is_started_and_its_message_done_with(rig: Callable[..., Rig]) -> None:
@@ -235,8 +251,7 @@ def test_a_run_that_comes_too_late_is_anothers(rig: Callable[..., Rig]) -> None:
     for thread in threads:
         thread.start()
     wait_until(lambda: len(made.intake._offers) == 2, 10, "both offers")
-    made.line.__enter__()
-    made.intake.start()
+    made.start()
     for thread in threads:
         thread.join(10)
     assert sorted(answers.values()) == [False, True]

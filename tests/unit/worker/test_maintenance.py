@@ -17,6 +17,7 @@ from torchrelay_worker.maintenance.announce import Announce
 from torchrelay_worker.maintenance.expire import Expire
 from torchrelay_worker.maintenance.leader import LEASE_SECONDS, RENEW_SECONDS, Leader
 from torchrelay_worker.maintenance.purge import DAY, Purge
+from torchrelay_worker.maintenance.reach import Reach
 from torchrelay_worker.maintenance.rescue import Rescue
 from worker_fakes import Clock
 
@@ -115,8 +116,10 @@ class Chunks:
 
     def __init__(self, *moves: Moved) -> None:
         self.moves = list(moves)
+        self.stale_after: float | None = -1.0
 
-    def rescue(self, stale_after: float) -> Moved:
+    def rescue(self, stale_after: float | None) -> Moved:
+        self.stale_after = stale_after
         return self.moves.pop(0) if self.moves else Moved()
 
     def expire(self) -> Moved:
@@ -133,10 +136,34 @@ def test_rescue_and_expire_go_on_until_nothing_is_left_and_tell_who_waits() -> N
     def publish(chunks: Any, batches: Any) -> None:
         told.append((chunks, batches))
 
-    for duty in (Rescue(Chunks(*moves), publish, 10.0), Expire(Chunks(*moves), publish)):
+    reach = Reach(10.0)
+    for duty in (Rescue(Chunks(*moves), publish, 10.0, reach), Expire(Chunks(*moves), publish)):
         told.clear()
         duty.run()
         assert told == [((1,), (7,)), ((2,), ())]
+
+
+def test_silence_means_death_only_to_who_was_in_reach_all_along() -> None:
+    clock = Clock()
+    reach, chunks = Reach(10.0, clock), Chunks()
+    leader = Leader(
+        Leases(clock), lambda: 1, [Rescue(chunks, lambda *_: None, 10.0, reach)], clock, answered=reach.note
+    )
+
+    def seconds_of_doubt() -> int:
+        """Let 30 seconds pass; return after how many of them the silent were rescued."""
+        doubt = 0
+        for _ in range(30):
+            leader.tick()
+            doubt += chunks.stale_after is None
+            clock.now += 1.0
+        assert chunks.stale_after == 10.0
+        return doubt
+
+    assert 9 <= seconds_of_doubt() <= 12, "it has just begun: the database may have been away"
+    assert seconds_of_doubt() == 0
+    clock.now += 8.0  # stopped, or the database did not answer
+    assert 9 <= seconds_of_doubt() <= 12
 
 
 def test_announce_does_for_each_model_what_is_due() -> None:
@@ -152,7 +179,7 @@ def test_announce_does_for_each_model_what_is_due() -> None:
             return 0
 
     Announce(Chunks(), Announcer()).run()
-    assert done == [("announce", "both"), ("again", "both"), ("announce", "waiting"), ("again", "sent")]
+    assert done == [("again", "both"), ("announce", "both"), ("announce", "waiting"), ("again", "sent")]
 
 
 class Old:
@@ -162,7 +189,7 @@ class Old:
         self.slices = slices
         self.deleted: list[str] = []
         self.older_than: float | None = None
-        self.forgot = 0
+        self.forgot: list[float] = []
 
     def purge(self, older_than: float, *, reference: bytes) -> Purged:
         self.older_than = older_than
@@ -180,7 +207,7 @@ class Old:
         self.deleted.extend(uris)
 
     def forget(self, older_than: float) -> int:
-        self.forgot += 1
+        self.forgot.append(older_than)
         return 0
 
 
@@ -194,7 +221,7 @@ def test_purge_deletes_rows_then_artifacts() -> None:
         "memory:///0",
     ]
     assert old.older_than == 2 * DAY
-    assert old.forgot == 1
+    assert old.forgot == [7 * DAY], "their names and handlers stand in jobs that are kept"
 
 
 def test_purge_is_bounded_and_can_be_off() -> None:
@@ -203,4 +230,6 @@ def test_purge_is_bounded_and_can_be_off() -> None:
     assert 0 < len(many.deleted) < 100
     kept = Old(3)
     Purge(kept, kept, kept, days=0.0).run()
-    assert kept.deleted == []
+    assert (kept.deleted, kept.forgot) == ([], [])
+    Purge(kept, kept, kept, days=30.0).run()
+    assert kept.forgot == [30 * DAY]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,14 @@ from hypothesis import strategies as st
 
 import torchrelay_worker
 from torchrelay_worker import InvalidInput, Model
-from torchrelay_worker.models.model import collate, move, nan_rows, split
+from torchrelay_worker.models.model import collate, move, nan_rows, revision_of, split
 
 
 def test_the_package_is_imported_without_torch() -> None:
     code = "import sys, torchrelay_worker; assert 'torch' not in sys.modules; torchrelay_worker.Model"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(torchrelay_worker.__all__) == {
-        "Exported", "InvalidDataset", "InvalidInput", "Model", "Recipe", "Table", "Weights",
+        "Backoff", "Exported", "InvalidDataset", "InvalidInput", "Model", "Recipe", "Table", "Weights",
     }  # fmt: skip
     assert all(hasattr(torchrelay_worker, name) for name in torchrelay_worker.__all__)
     with pytest.raises(AttributeError):
@@ -129,3 +131,17 @@ def test_default_preprocess_and_decode() -> None:
         model.preprocess({"a": 1})
     assert model.decode(torch.tensor(3)) == 3
     assert model.decode(tensor) is tensor
+
+
+class Named(Model):
+    revision = "2026-10"
+
+
+class Unnamed(Model):
+    pass
+
+
+def test_the_revision_is_what_the_author_says_else_a_hash_of_the_file() -> None:
+    assert revision_of(Named) == "2026-10"
+    assert revision_of(Unnamed) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    assert revision_of(type("Shell", (Model,), {"__module__": "builtins"})) == "unknown", "no file, as in a shell"

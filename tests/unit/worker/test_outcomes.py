@@ -11,18 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrelay_storage.errors import Corrupt, InvalidInput, NotFound
+from torchrelay_storage.options import DEFAULT_BACKOFF, Backoff
 from torchrelay_storage.states import End
 from torchrelay_worker.models.model import collate
 from torchrelay_worker.models.residency import LoadFailed
 from torchrelay_worker.pipeline.ledger import Ledger, Work
 from torchrelay_worker.pipeline.outcomes import (
-    LONGEST_BACKOFF,
     TRACEBACK_LIMIT,
     BadOutput,
     Timeout,
     backoff,
     describe,
     failed,
+    limit,
     succeeded,
 )
 from worker_fakes import Loaded, Plus, chunk
@@ -70,13 +71,32 @@ def test_our_own_errors_show_their_cause() -> None:
     assert json.loads(describe(KeyError()))["message"]
 
 
+def test_the_backoff_is_the_jobs_else_the_models_else_the_default() -> None:
+    class Patient(Plus):
+        backoff = Backoff(seconds=7, factor=1, jitter=False)
+
+    it = work(backoff=Backoff(seconds=3, factor=1, jitter=False))
+    it.hold.resident = Loaded({1: Patient()}).pin(1)
+    assert failed(it, ValueError()).retry_in == 3.0
+    it = work()
+    it.hold.resident = Loaded({1: Patient()}).pin(1)
+    assert failed(it, ValueError()).retry_in == 7.0
+    assert backoff(work()) == DEFAULT_BACKOFF
+
+
 @given(st.integers(0, 200))
-def test_the_backoff_doubles_up_to_its_limit(failures: int) -> None:
-    assert backoff(failures, lambda low, high: high) == min(LONGEST_BACKOFF, 2.0**failures)
-    assert 0.0 <= backoff(failures) <= LONGEST_BACKOFF
+def test_a_failure_waits_no_longer_than_the_policy_lets_it(failures: int) -> None:
+    retry_in = failed(work(max_attempts=1_000, failures=failures), ValueError()).retry_in
+    assert retry_in is not None
+    assert 0.0 <= retry_in <= min(DEFAULT_BACKOFF.longest, 2.0**failures)
 
 
-@pytest.mark.parametrize("error", [InvalidInput("x"), Corrupt("x"), NotFound("x"), BadOutput("x")])
+def test_a_batch_may_take_the_longest_of_its_jobs_timeouts() -> None:
+    assert limit([work(timeout=5.0), work(timeout=2.0)], Plus()) == 5.0
+    assert limit([work(timeout=5.0), work()], Plus()) == Plus.timeout
+
+
+@pytest.mark.parametrize("error", [InvalidInput("x"), Corrupt("x"), NotFound("x"), BadOutput("x"), Timeout("x")])
 def test_what_would_fail_again_is_final(error: Exception) -> None:
     assert failed(work(), error).end is End.FAILED
 
@@ -96,7 +116,7 @@ def test_the_model_says_what_is_tried_again() -> None:
     it.hold.resident = Loaded({1: Choosy()}).pin(1)
     assert failed(it, ValueError()).end is End.FAILED
     assert failed(it, ConnectionError()).end is End.OPEN
-    assert failed(it, Timeout("late")).end is End.OPEN
+    assert failed(it, LoadFailed("x")).end is End.OPEN
 
 
 def test_a_success() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import torch
 
+from servers import wait_until
 from torchrelay_storage import values
 from torchrelay_storage.artifacts import store_large
 from torchrelay_storage.chunk_store import Claimed
@@ -15,6 +17,7 @@ from torchrelay_storage.errors import InvalidInput, Unreachable
 from torchrelay_storage.states import End
 from torchrelay_worker.models.handlers import Handlers
 from torchrelay_worker.pipeline.pace import Pace
+from torchrelay_worker.pipeline.preparer import CANCEL_SECONDS
 from torchrelay_worker.pipeline.serving import Serving
 from worker_fakes import Line, Loaded, Plus, Versions, chunk, version
 
@@ -148,3 +151,60 @@ def test_chunk_sizes_follow_the_batch_size_and_change_for_a_reason_only() -> Non
     serving.look()
     serving.fit_chunks(loaded, Pace())
     assert registry.chunk_sizes == {}
+
+
+# --- what the supervisor is told ------------------------------------------------------------------------------
+
+
+class Hangs(Plus):
+    """Preprocesses until it may go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+
+    def preprocess(self, input: Any) -> torch.Tensor:
+        if input == 7:
+            self.inside.set()
+            assert self.go_on.wait(20)
+        return super().preprocess(input)
+
+
+def test_an_input_that_is_being_prepared_is_in_the_black_box_and_has_its_jobs_time() -> None:
+    model = Hangs()
+    with Line(model) as line:
+        line.put(chunk(1, [1, 7, 2], timeout=5.0))
+        assert model.inside.wait(20)
+        assert line.box.read().jobs == {101}
+        assert 4.0 < (line.watch.left() or 0) <= 5.25
+        model.go_on.set()
+        line.store.wait_for(3)
+        wait_until(lambda: line.watch.left() is None, 10, "the end")
+        wait_until(lambda: not line.box.read().jobs, 10, "an empty box")
+
+
+def test_a_cancelled_input_does_not_hold_a_thread_for_long() -> None:
+    model = Hangs()
+    with Line(model) as line:
+        hold = line.put(chunk(1, [1, 7, 2]))
+        assert model.inside.wait(20)
+        line.preparer.forsake()
+        assert (line.watch.left() or 0) > 100
+        hold.cancelled = frozenset({101})
+        line.preparer.forsake()
+        assert 0 < (line.watch.left() or 0) <= CANCEL_SECONDS
+        model.go_on.set()
+        assert sorted(line.store.wait_for(2)) == [100, 102]
+
+
+def test_a_store_in_trouble_is_not_the_inputs_fault() -> None:
+    line = Line(Plus())
+    reference = store_large(line.artifacts, values.encode(4), "inputs/1", 0)
+    claimed = chunk(1, [0], timeout=2.0)
+    claimed = dataclasses.replace(claimed, jobs=(dataclasses.replace(claimed.jobs[0], input=reference),))
+    lefts: list[float] = []
+    load = line.preparer._load
+    line.preparer._load = lambda data: (lefts.append(line.watch.left() or 0), load(data))[1]  # type: ignore[method-assign]
+    with line:
+        line.run(claimed)
+    assert lefts[0] > 100

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 
+from servers import wait_until
 from torchrelay_storage import values
 from torchrelay_storage.artifacts import load_large
 from torchrelay_storage.errors import InvalidInput, Unreachable
@@ -132,3 +134,36 @@ def test_nothing_is_nothing(n: int) -> None:
     line.recorder.put(Ran())
     assert line.recorder.stop(20)
     assert line.store.transactions == []
+
+
+def test_what_it_holds_is_known_until_it_is_recorded() -> None:
+    line = Line(Plus())
+    line.store.faults = [Unreachable("away")] * 1_000_000
+    works = held(line, 1, 2)
+    line.recorder.put(Ran(done=[(work, 1) for work in works]))
+    assert line.recorder.holds() == {works[0].hold}
+    line.recorder.start()
+    wait_until(lambda: line.recorder._busy, 10, "its try")
+    assert line.recorder.holds() == {works[0].hold}
+    line.store.faults = []
+    assert line.recorder.stop(20)
+    assert line.recorder.holds() == set()
+
+
+def test_decode_is_the_authors_code_too() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Hangs(Plus):
+        def decode(self, output: Any) -> Any:
+            inside.set()
+            assert go_on.wait(20)
+            return output
+
+    with Line(Hangs()) as line:
+        line.put(chunk(1, [1], timeout=5.0))
+        assert inside.wait(20)
+        assert line.box.read().jobs == {100}
+        assert 4.0 < (line.watch.left() or 0) <= 5.0
+        go_on.set()
+        line.store.wait_for(1)
+        wait_until(lambda: line.watch.left() is None and not line.box.read().jobs, 10, "the end")

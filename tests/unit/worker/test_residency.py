@@ -12,6 +12,7 @@ import torch
 from servers import wait_until
 from torchrelay_storage.artifacts import Artifacts, file_sha256
 from torchrelay_storage.errors import Corrupt, InvalidInput, ModelNotFound, NotFound
+from torchrelay_storage.options import Backoff
 from torchrelay_worker import Model
 from torchrelay_worker.models import weights as weights_module
 from torchrelay_worker.models.handlers import Handlers
@@ -52,11 +53,18 @@ class Hungry(Model):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+class Impatient(Quiet):
+    """Says how it is tried again, and wrongly."""
+
+    load_timeout = 7.0
+    backoff = Backoff(seconds=-1)
+
+
 class Found:
     """Handlers by name, without imports."""
 
     def find(self, name: str) -> type[Model]:
-        return {"quiet": Quiet, "broken": Broken, "hungry": Hungry}[name]
+        return {"quiet": Quiet, "broken": Broken, "hungry": Hungry, "impatient": Impatient}[name]
 
 
 def residency(tmp_path: Path, *versions: Any, clock: Clock | None = None, **options: Any) -> Residency:
@@ -280,3 +288,11 @@ def test_the_cache_fetches_once_and_checks_each_time(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         cache.fetch(version(weights="memory:///models/other", sha256=sha256))
     assert cache.fetch(version()).path is None
+
+
+def test_what_an_author_sets_wrongly_is_said_when_the_model_is_loaded(tmp_path: Path) -> None:
+    it = residency(tmp_path, version(1, handler="impatient"), version(2, handler="missing"), room_seconds=5.0)
+    with pytest.raises(LoadFailed, match="backoff: seconds"):
+        it.acquire(1)
+    assert it.load_timeout(1) == 12.0
+    assert it.load_timeout(2) == it.load_timeout(3) == Model.load_timeout + 5.0

@@ -33,7 +33,7 @@ class Announce:
     def run(self) -> None:
         """Do it once. Raises Unreachable."""
         for due in self._chunks.due_models():
+            if due.announced:  # first: what is new would take the room of what was lost
+                self._announcer.announce_again(due.name)
             if due.waiting:
                 self._announcer.announce(due.name)
-            if due.announced:
-                self._announcer.announce_again(due.name)

@@ -49,18 +49,23 @@ class Leader:
         holder: Callable[[], int],
         duties: Sequence[Duty],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        answered: Callable[[], None] = lambda: None,
     ) -> None:
         """Make it.
 
         Args:
             holder: who this is: the id of the worker's present incarnation.
+            answered: called whenever the database has answered, whether we lead or not.
         """
+        self._answered = answered
         self._leases = leases
         self._holder = holder
         self._duties = duties
         self._clock = clock
         self._renew_at = 0.0
         self._leads_as: int | None = None
+        self._held_as: int | None = None
         self._due = {duty.name: 0.0 for duty in duties}
         self._away: set[str] = set()
         self._closing = threading.Event()
@@ -95,8 +100,12 @@ class Leader:
     def _take_lease(self) -> None:
         holder = self._holder()
         self._renew_at = self._clock() + RENEW_SECONDS
+        if self._held_as not in (None, holder):  # our process was replaced: the lease of the old one is ours too
+            self._leases.release(LEASE, self._held_as or 0)
+            self._held_as = None
         if self._leases.acquire(LEASE, holder, LEASE_SECONDS):
-            self._leads_as = holder
+            self._leads_as = self._held_as = holder
+        self._answered()
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         try:

@@ -10,7 +10,7 @@ from torchrelay_storage.artifacts import run_path
 from torchrelay_storage.retention import Purged
 
 DAY = 86_400.0  # seconds
-WORKERS_KEPT = 7 * DAY  # their names stand in jobs that they recorded
+WORKERS_KEPT = 7 * DAY  # at least; and as long as the jobs that they ran: their rows tell what ran these
 SLICES = 20  # in one run: the other duties must not wait for a million rows
 
 
@@ -52,9 +52,9 @@ class Purge:
 
     def run(self) -> None:
         """Do it once. Raises Unreachable."""
-        self._fleet.forget(WORKERS_KEPT)
         if self._days <= 0:
             return
+        self._fleet.forget(max(WORKERS_KEPT, self._days * DAY))
         tag = bytes((values.REFERENCE,))
         for _ in range(SLICES):
             purged = self._retention.purge(self._days * DAY, reference=tag)

@@ -15,24 +15,38 @@ log = structlog.get_logger("torchrelay.maintenance")
 class Rescues(Protocol):
     """What it needs of a ChunkStore."""
 
-    def rescue(self, stale_after: float) -> Moved: ...
+    def rescue(self, stale_after: float | None) -> Moved: ...
+
+
+class Trusts(Protocol):
+    """What it needs of a Reach."""
+
+    @property
+    def is_trusted(self) -> bool: ...
 
 
 class Rescue:
-    """Each second: what is held by workers that are stopped, gone or silent waits again."""
+    """Each second: what is held by workers that are stopped or gone waits again; and what is held by silent ones, once
+    their silence means something.
+    """
 
     name = "rescue"
     every = 1.0
 
     def __init__(
-        self, chunks: Rescues, publish: Callable[[Sequence[int], Sequence[int]], object], stale_after: float
+        self,
+        chunks: Rescues,
+        publish: Callable[[Sequence[int], Sequence[int]], object],
+        stale_after: float,
+        reach: Trusts,
     ) -> None:
         self._chunks = chunks
         self._publish = publish
         self._stale_after = stale_after
+        self._reach = reach
 
     def run(self) -> None:
         """Do it once. Raises Unreachable."""
-        while (moved := self._chunks.rescue(self._stale_after)).chunks:
+        while (moved := self._chunks.rescue(self._stale_after if self._reach.is_trusted else None)).chunks:
             log.warning("rescued", chunks=len(moved.chunks), jobs=moved.count)
             self._publish(moved.chunks, moved.batches)

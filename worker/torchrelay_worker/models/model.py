@@ -5,14 +5,18 @@ Not here: when the hooks are called (`pipeline`), and where weights come from (`
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from numbers import Number
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrelay_storage.errors import InvalidInput
+from torchrelay_storage.options import Backoff
 
 if TYPE_CHECKING:
     from torchrelay_worker.models.weights import Weights
@@ -52,8 +56,18 @@ class Model:
     timeout: float = 600.0
     """Seconds that a device batch may take whose jobs have no timeout. A worker that overruns them is replaced."""
 
+    load_timeout: float = 600.0
+    """Seconds that `load` may take. A worker that overruns them is replaced."""
+
+    backoff: Backoff | None = None
+    """How long a failed job waits for its next try, where the job does not say: `Backoff(seconds=2, longest=60)`.
+    None: torchrelay's own, a second that doubles with each failure up to five minutes, with jitter."""
+
+    revision: str | None = None
+    """What of the handler's code a result was computed by, kept with each job. None: a hash of the class's file."""
+
     retry_on: tuple[type[BaseException], ...] = (Exception,)
-    """Which errors are tried again, as often as the job's `max_attempts` allows. InvalidInput never is."""
+    """Which errors are tried again, as often as the job's `max_attempts` allows. InvalidInput and Timeout never are."""
 
     check_nan: bool = False
     """Fail the jobs whose outputs hold a NaN, instead of recording it."""
@@ -135,6 +149,17 @@ class Model:
         if isinstance(output, torch.Tensor) and output.ndim == 0:
             return output.item()
         return output
+
+
+def revision_of(handler: type[Model]) -> str:
+    """Return which revision of its code a handler is: its own `revision`, else a hash of the file it is written in."""
+    if handler.revision is not None:
+        return str(handler.revision)
+    try:
+        source = Path(inspect.getfile(handler)).read_bytes()
+    except (OSError, TypeError):
+        return "unknown"  # written in a shell
+    return hashlib.sha256(source).hexdigest()[:12]
 
 
 # --- trees of tensors ---------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any
 
 import orjson
 import torch
-from torch.export.pt2_archive import PT2ArchiveReader
 
 from torchrelay_storage.errors import Corrupt
 
@@ -77,6 +76,8 @@ def _weights_only() -> Iterator[None]:
 
 
 def _check(path: Path) -> None:
+    from torch.export.pt2_archive import PT2ArchiveReader  # seconds, which a start without a program need not pay
+
     with PT2ArchiveReader(str(path)) as archive:  # torch's own reader: another one might see other members
         names = archive.get_file_names()
         strange = next((name for name in names if not _MEMBERS.fullmatch(name)), None)

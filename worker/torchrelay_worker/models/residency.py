@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from torchrelay_storage.errors import RelayError
+from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_worker.models.handlers import Handlers
 from torchrelay_worker.models.model import Model
@@ -128,6 +129,13 @@ class Residency:
                 resident.used = self._clock()
                 self._changed.notify_all()
 
+    def load_timeout(self, version: int) -> float:
+        """Return the seconds that loading a version may take, with the waiting for room."""
+        try:
+            return float(self._handlers.find(self._registry.version(version).handler).load_timeout) + self._room_seconds
+        except Exception:  # whatever it is, the load will meet it, and say so
+            return Model.load_timeout + self._room_seconds
+
     # --- loading ------------------------------------------------------------------------------------------
 
     def acquire(self, version: int) -> Resident:
@@ -184,6 +192,7 @@ class Residency:
             model.load(weights, self.device)
         except torch.OutOfMemoryError:
             return None  # and what it has allocated is let go of
+        Options(backoff=model.backoff).validate()
         return model
 
     def _make_room(self, need: int) -> None:

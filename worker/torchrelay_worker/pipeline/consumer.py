@@ -18,6 +18,7 @@ from celery.exceptions import Reject
 from kombu.utils.scheduling import round_robin_cycle
 
 from torchrelay import messages
+from torchrelay_storage import faults
 from torchrelay_storage.errors import InvalidInput
 
 log = structlog.get_logger("torchrelay.consumer")
@@ -90,6 +91,12 @@ class Consumer:
         if consumer is not None and consumer.hub is not None:
             consumer.hub.call_soon(_nothing)
 
+    def rebuild(self) -> None:
+        """Let Celery connect and consume anew, as after a lost connection."""
+        consumer = self._celery_consumer
+        if consumer is not None and consumer.hub is not None:
+            consumer.hub.call_soon(_break_off)
+
     def added(self, model: str) -> None:
         """Consume the queue of a model that was registered just now."""
         consumer = self._celery_consumer
@@ -110,11 +117,13 @@ class Consumer:
             except InvalidInput as error:
                 log.warning("message_dropped", reason=str(error))
                 return
+            faults.reach("popped")
             queue = (task.request.delivery_info or {}).get("routing_key") or ""
             model = messages.model_of(queue)
             # Acknowledged once claimed; who ends before leaves it to the others.
             if not intake.offer(model or "", chunk):
                 raise Reject("for another worker", requeue=True)
+            faults.reach("acknowledging")
 
     def _gate(self) -> None:
         intake = self._intake
@@ -168,3 +177,7 @@ def _is_no_reject(record: logging.LogRecord) -> bool:
 
 def _nothing() -> None:
     pass
+
+
+def _break_off() -> None:
+    raise ConnectionResetError("the consumer was silent while messages waited")

@@ -15,18 +15,20 @@ from typing import Any
 import structlog
 import torch
 
+from torchrelay_storage import faults
+from torchrelay_worker.blackbox import BlackBox, scratch
 from torchrelay_worker.models.model import Model, move, nan_rows
 from torchrelay_worker.models.residency import Residency
 from torchrelay_worker.pipeline.batcher import Batch, Batcher
-from torchrelay_worker.pipeline.ledger import Ledger, Work
-from torchrelay_worker.pipeline.outcomes import BadOutput, NotANumber, Timeout
+from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.pipeline.outcomes import BadOutput, NotANumber, Timeout, limit
 from torchrelay_worker.pipeline.recorder import Ran, Recorder
-from torchrelay_worker.pipeline.watch import Watch
+from torchrelay_worker.pipeline.watch import GRACE_SECONDS, Watch
 
 log = structlog.get_logger("torchrelay.device")
 
 IDLE_SECONDS = 1.0  # between two looks at an empty batcher; anything put wakes it at once
-GRACE_SECONDS = 1.0  # beyond a device batch's limit, so that a batch that ends just in time is not killed
+CANCEL_SECONDS = 5.0  # that a device batch may go on for once all of its jobs were cancelled
 
 
 class DeviceLost(RuntimeError):
@@ -42,6 +44,7 @@ class Launched:
     works: list[Work]
     started: float
     watched: int
+    noted: int
     outputs: Any = None
     error: BaseException | None = None
 
@@ -59,11 +62,13 @@ class Device:
         *,
         fatal: Callable[[BaseException], None] | None = None,
         busy: Callable[[bool], object] = lambda busy: None,
+        box: BlackBox | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Make it.
 
         Args:
+            box: where the supervisor finds what ran when the process dies.
             busy: told when the device begins to have work (True) and when it has none (False).
         """
         self._tell_busy = busy
@@ -75,8 +80,14 @@ class Device:
         self._watch = watch
         self._fatal = fatal
         self._clock = clock
+        self._box = box or scratch()
         self._closing = threading.Event()
+        self._turn = threading.Lock()  # held from the look at `_closing` until what was taken is in `_flying`
+        self._flying: list[Sequence[Work]] = []
+        self._launched: list[Launched] = []
         self._settled_at = 0.0
+        self._is_recording = False
+        self.turns = 0  # how often the loop has come round
         self.batches = 0  # since the start
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -84,13 +95,31 @@ class Device:
         """Start the thread."""
         self._thread.start()
 
+    def close(self) -> set[Hold]:
+        """Take nothing more, and return the chunks of which something runs now."""
+        with self._turn:
+            self._closing.set()
+            busy = {work.hold for works in self._flying for work in works}
+        self._batcher.poke()
+        return busy
+
     def stop(self, timeout: float) -> bool:
         """End after the batch that runs now; False if it still runs after `timeout` seconds."""
-        self._closing.set()
-        self._batcher.poke()
+        self.close()
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def forsake(self) -> None:
+        """Let what runs end soon (`CANCEL_SECONDS`) if nobody wants any of it any more."""
+        for launched in list(self._launched):
+            if not any(work.is_wanted for work in launched.works):
+                self._watch.cut(launched.watched, CANCEL_SECONDS, "all jobs of the device batch were cancelled")
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether inputs wait and nothing runs; what waits for the recorder, and so for the database, is no such."""
+        return not self._launched and not self._is_recording and bool(self._batcher.counts())
 
     def _run(self) -> None:
         try:
@@ -104,11 +133,17 @@ class Device:
     def _loop(self) -> None:
         pending: Launched | None = None
         while not self._closing.is_set() or pending is not None:
-            batch = None
-            if not self._closing.is_set():
-                batch = self._batcher.next_batch(pending is None, self._residency.resident())
+            self.turns += 1
+            with self._turn:
+                batch = None
+                if not self._closing.is_set():
+                    batch = self._batcher.next_batch(pending is None, self._residency.resident())
+                if batch is not None:
+                    self._flying.append(batch.items)
             self._note_busy(batch is not None or pending is not None)
             launched = self._launch(batch) if batch is not None else None
+            if batch is not None and launched is None:
+                self._flying.pop()
             if pending is not None:
                 self._settle(pending)
                 pending = None
@@ -137,8 +172,10 @@ class Device:
         resident = works[0].hold.resident
         assert resident is not None
         model = resident.model
-        watched = self._watch.begin(limit(works, model) + GRACE_SECONDS)
-        launched = Launched(batch.version, model, works, self._clock(), watched)
+        watched = self._watch.begin(limit(works, model), "a device batch", GRACE_SECONDS)
+        noted = self._box.launched([work.job for work in works])
+        launched = Launched(batch.version, model, works, self._clock(), watched, noted)
+        self._launched.append(launched)
         try:
             launched.outputs = self._forward(model, works)
         except BaseException as error:  # the author's code: whatever it raises is the failure of these jobs
@@ -155,13 +192,20 @@ class Device:
             ran = self._results(launched)
         finally:
             self._watch.end(launched.watched)
+            self._launched.remove(launched)
+        self._box.landed(launched.noted)  # not where the device was lost: the supervisor must find what did it
+        faults.reach("forwarded")
         now = self._clock()
         elapsed = now - max(launched.started, self._settled_at)
         self._settled_at = now
         self.batches += 1
         for work in launched.works:
             work.prepared = None  # its memory is wanted for the next
+        self._is_recording = True
         self._recorder.put(_late(ran, elapsed))
+        self._is_recording = False
+        with self._turn:
+            self._flying.pop(0)  # what was launched first is settled first; the recorder knows of it now
 
     def _results(self, launched: Launched) -> Ran:
         error = launched.error
@@ -172,7 +216,7 @@ class Device:
                 error = late
         launched.outputs = launched.error = None
         ran = Ran()
-        self._by_parts(launched.version, launched.model, launched.works, error, ran)
+        self._by_parts(launched, launched.works, error, ran)
         return ran
 
     def _collect(self, model: Model, works: Sequence[Work], outputs: Any) -> Ran:
@@ -194,7 +238,7 @@ class Device:
 
     # --- when it fails ------------------------------------------------------------------------------------
 
-    def _by_parts(self, version: int, model: Model, works: Sequence[Work], error: BaseException, ran: Ran) -> None:
+    def _by_parts(self, launched: Launched, works: Sequence[Work], error: BaseException, ran: Ran) -> None:
         """Run a batch that failed in halves, so that only the guilty input fails, or none if it was too large."""
         if is_lost(error):
             raise DeviceLost(str(error)) from error
@@ -206,20 +250,22 @@ class Device:
         if len(works) == 1:
             ran.failed.append((works[0], error))
             return
+        model = launched.model
         middle = len(works) // 2
         for half in (works[:middle], works[middle:]):
             half_error: BaseException | None = None
+            self._watch.renew(launched.watched, limit(half, model), GRACE_SECONDS)
             try:
                 part = self._collect(model, half, self._forward(model, half))
             except BaseException as again:
                 half_error = again
             if half_error is not None:
-                self._by_parts(version, model, half, half_error, ran)
+                self._by_parts(launched, half, half_error, ran)
                 continue
             ran.done.extend(part.done)
             ran.failed.extend(part.failed)
             if short:
-                self._remember(version, half)
+                self._remember(launched.version, half)
 
     def _remember(self, version: int, works: Sequence[Work]) -> None:
         limits = self._batcher.limits(version)
@@ -229,23 +275,14 @@ class Device:
                 log.warning("device_batch_halved", version=version, size=len(works), reason="out of memory")
 
 
-def limit(works: Sequence[Work], model: Model) -> float:
-    """Return the seconds that a device batch may take: the longest of its jobs' timeouts, where none, the model's."""
-    timeouts = {w.hold.claimed.timeout for w in works}
-    return max(float(model.timeout) if t is None else t for t in timeouts)
-
-
 def _late(ran: Ran, elapsed: float) -> Ran:
-    if not any(w.hold.claimed.timeout is not None and elapsed > w.hold.claimed.timeout for w, _ in ran.done):
-        return ran
-    kept = []
-    for work, output in ran.done:
+    """Fail a job that ran alone and took too long. Several keep their results: nobody knows whose fault it was."""
+    if len(ran.done) == 1 and not ran.failed:
+        work = ran.done[0][0]
         timeout = work.hold.claimed.timeout
         if timeout is not None and elapsed > timeout:
-            ran.failed.append((work, Timeout(f"its device batch took {elapsed:.2f} s, its timeout is {timeout:g} s")))
-        else:
-            kept.append((work, output))
-    ran.done = kept
+            late = Timeout(f"its device batch took {elapsed:.2f} s, its timeout is {timeout:g} s")
+            return Ran(failed=[(work, late)])
     return ran
 
 

@@ -1,8 +1,9 @@
 """The first step: messages in, chunks claimed, as many as this worker will soon run.
 
 A Celery task hands over a chunk's id and waits until it is claimed; what is claimed goes to the preparing threads once
-its model is loaded. While Redis is away, chunks are claimed straight from SQL. A chunk whose last holder died may have
-been the cause, and runs alone. A training run is handed to whoever starts its process. Not here: Celery (`consumer`).
+its model is loaded (`loader`). While Redis is away, chunks are claimed straight from SQL. A chunk whose last holder
+died may have been the cause, and runs alone. A training run is handed to whoever starts its process. Not here: Celery
+(`consumer`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Protocol
 
 import structlog
 
+from torchrelay_storage import faults
 from torchrelay_storage.chunk_store import Claimed
 from torchrelay_storage.errors import Unreachable
-from torchrelay_worker.models.residency import LoadFailed, Residency
-from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.models.residency import Resident
+from torchrelay_worker.pipeline.ledger import Hold, Ledger
+from torchrelay_worker.pipeline.loader import Loader
 from torchrelay_worker.pipeline.pace import Pace
 from torchrelay_worker.pipeline.preparer import Preparer
-from torchrelay_worker.pipeline.recorder import Ran, Recorder
 
 log = structlog.get_logger("torchrelay.intake")
 
@@ -38,6 +40,7 @@ class Claims(Protocol):
 
     def claim(self, chunks: Sequence[int], worker: int) -> list[Claimed]: ...
     def claim_next(self, models: Sequence[int], worker: int, limit: int) -> list[Claimed]: ...
+    def run_alone(self, chunk: int, token: int, worker: int) -> bool: ...
 
 
 class Runs(Protocol):
@@ -68,15 +71,14 @@ class _Offer:
 
 
 class Intake:
-    """Claims chunks, in a thread of its own, and loads their models in another."""
+    """Claims chunks, in a thread of its own."""
 
     def __init__(
         self,
         store: Claims,
         ledger: Ledger,
         preparer: Preparer,
-        recorder: Recorder,
-        residency: Residency,
+        loader: Loader,
         *,
         pace: Pace,
         worker: int,
@@ -84,7 +86,7 @@ class Intake:
         wake: Callable[[str], object],
         redis_is_up: Callable[[], bool],
         opened: Callable[[], object] = lambda: None,
-        alone: Callable[[int | None], object] = lambda chunk: None,
+        loads_wait: Callable[[], bool] = lambda: False,
         lanes: Callable[[], Collection[int]] = frozenset,
         runs: Runs | None = None,
         fatal: Callable[[BaseException], None] | None = None,
@@ -98,57 +100,50 @@ class Intake:
             runs: who starts these.
             wake: has a model's next chunks announced.
             opened: called when there is room again.
-            alone: told which chunk is the only one that runs from now on; None: that is over.
+            loads_wait: whether a load waits for a loaded model to be free, so that nothing should be claimed for those.
         """
         self._store = store
         self._ledger = ledger
         self._preparer = preparer
-        self._recorder = recorder
-        self._residency = residency
+        self._loader = loader
         self._pace = pace
         self._worker = worker
         self._served = served
         self._wake = wake
         self._redis_is_up = redis_is_up
         self._opened = opened
-        self._alone = alone
+        self._loads_wait = loads_wait
         self._lanes = lanes
         self._runs = runs or NoRuns()
         self._fatal = fatal
         self._clock = clock
         self._changed = threading.Condition()
         self._offers: list[_Offer] = []
-        self._loads: list[int] = []
-        self._to_load: dict[int, list[Hold]] = {}
         self._sizes: dict[int, int] = {}  # model -> inputs of a full device batch, once one of its versions is loaded
         self._suspects: deque[Hold] = deque()  # each runs alone
         self._is_alone = False
         self._woken: dict[str, float] = {}
         self._to_wake: set[str] = set()
         self._closing = False
-        self._last_message = clock()
         self._nudged = False
-        self._threads = [
-            threading.Thread(target=self._guard, args=(self._run,), name="intake", daemon=True),
-            threading.Thread(target=self._guard, args=(self._load_models,), name="loader", daemon=True),
-        ]
+        self.turns = 0  # how often the claiming thread has come round
+        self.heard_at = clock()  # when a message last came
+        self._thread = threading.Thread(target=self._guard, args=(self._run,), name="intake", daemon=True)
 
     def start(self) -> None:
-        """Start the threads."""
-        for thread in self._threads:
-            thread.start()
+        """Start the thread."""
+        self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Claim nothing more, answer who waits, and end the threads (a load that runs is not waited for)."""
+        """Claim nothing more, answer who waits, and end the thread."""
         with self._changed:
             self._closing = True
             offers, self._offers = self._offers, []
             self._changed.notify_all()
         for offer in offers:
             offer.answered.set()
-        self._residency.close()
-        if self._threads[0].is_alive():
-            self._threads[0].join(timeout)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
 
     # --- called by Celery's threads -----------------------------------------------------------------------
 
@@ -163,7 +158,7 @@ class Intake:
             if self._closing or self._is_full_lane(model):
                 return False
             self._offers.append(offer)
-            self._last_message = self._clock()
+            self.heard_at = self._clock()
             self._changed.notify_all()
         offer.answered.wait()
         return offer.taken
@@ -185,9 +180,23 @@ class Intake:
         if self._suspects or self._is_alone:
             return False
         chunks, jobs = self._ledger.ahead(model)
-        if self._residency.is_waited_for and chunks:
+        if self._loads_wait() and chunks:
             return False
         return self._pace.has_room(model, chunks, jobs, self._sizes.get(model))
+
+    def has_loaded(self, resident: Resident) -> None:
+        """Know how much of a model is a full device batch."""
+        self._sizes[resident.version.model] = resident.limits.size
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether messages came that are not claimed yet."""
+        return bool(self._offers)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether messages wait to be claimed that there is room for."""
+        return bool(self._ready())
 
     def nudge(self) -> None:
         """Say that there may be room again."""
@@ -214,13 +223,14 @@ class Intake:
                 seconds = WAKE_SECONDS if self._to_wake else TICK_SECONDS
                 self._changed.wait_for(lambda: self._closing or self._nudged or self._ready(), seconds)
                 self._nudged = False
+                self.turns += 1
                 if self._closing:
                     return
                 ready = self._ready()
             try:
                 if ready:
                     self._claim(ready)
-                elif self._clock() - self._last_message > QUIET_SECONDS:
+                elif self._clock() - self.heard_at > QUIET_SECONDS:
                     self._claim_without_redis()
                 self._turn_away()
                 if self._suspects or self._is_alone:
@@ -286,6 +296,8 @@ class Intake:
             models = [number for number in models if self._has_room(number)]
 
     def _enter(self, claimed: Sequence[Claimed]) -> None:
+        if claimed:
+            faults.reach("claimed")
         lanes = self._lanes()
         for run in (c for c in claimed if c.model in lanes):
             self._runs.start(run)
@@ -297,76 +309,32 @@ class Intake:
 
     def _send(self, hold: Hold) -> None:
         """Send a chunk to the preparing threads, or have its model loaded first."""
-        version = hold.claimed.version
         self._pace.began(hold.claimed.model)
         if not hold.claimed.jobs:
             self._ledger.drop([hold.claimed.chunk])
-        elif self._pin(hold):
+        elif self._loader.pin(hold):
             self._preparer.put(hold)
         else:
-            with self._changed:
-                if version not in self._to_load:
-                    self._loads.append(version)
-                self._to_load.setdefault(version, []).append(hold)
-                self._changed.notify_all()
+            self._loader.put(hold)
 
     def _send_next_suspect(self) -> None:
         """Once nothing else runs, send the next chunk that must run alone.
 
-        Should it take the process down, the supervisor knows whom to blame, and that it is nobody else.
+        Should it take the process down, the database knows whom to blame, and that it is nobody else.
         """
         while self._suspects and self._suspects[0].dropped:
             self._suspects.popleft()
         if len(self._ledger) > len(self._suspects):
             return  # something runs
         if self._suspects:
-            hold = self._suspects.popleft()
+            claimed = self._suspects[0].claimed
             self._is_alone = True
-            self._alone(hold.claimed.chunk)
-            self._send(hold)
+            ours = self._store.run_alone(claimed.chunk, claimed.token, self._worker)
+            hold = self._suspects.popleft()
+            if ours:
+                self._send(hold)
+            else:
+                self._ledger.drop([claimed.chunk])
         elif self._is_alone:
             self._is_alone = False
-            self._alone(None)
             self._opened()
-
-    def _pin(self, hold: Hold) -> bool:
-        hold.resident = self._residency.pin(hold.claimed.version)
-        hold.pinned = hold.resident is not None
-        if hold.dropped:  # while its model was being loaded
-            self.unpin(hold)
-        return hold.resident is not None
-
-    def unpin(self, hold: Hold) -> None:
-        """Let the model of a chunk that is gone be unloaded, should its place be needed."""
-        if hold.pinned:
-            hold.pinned = False
-            self._residency.release(hold.claimed.version)
-
-    # --- the loading thread -------------------------------------------------------------------------------
-
-    def _load_models(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._loads)
-                if self._closing:
-                    return
-                version = self._loads.pop(0)
-            failure: LoadFailed | None = None
-            try:
-                resident = self._residency.acquire(version)
-                self._sizes[resident.version.model] = resident.limits.size
-            except LoadFailed as error:
-                failure = error
-            with self._changed:
-                holds = self._to_load.pop(version, [])
-            if self._closing:
-                return
-            for hold in holds:
-                if failure is None and self._pin(hold):
-                    self._preparer.put(hold)
-                elif failure is not None:
-                    works = [Work(hold, job.id, job.failures) for job in hold.claimed.jobs]
-                    self._recorder.put(Ran(failed=[(work, failure) for work in works]))
-            if failure is None:
-                self._residency.release(version)
-            self.nudge()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
 from torchrelay_storage.errors import Corrupt, InvalidInput, NotFound, RelayError
 from torchrelay_storage.job_store import Outcome
+from torchrelay_storage.options import DEFAULT_BACKOFF, Backoff
 from torchrelay_storage.states import End
 from torchrelay_worker.pipeline.ledger import Work
 
-BACKOFF_SECONDS = 1.0  # times two to the number of failures before
-LONGEST_BACKOFF = 300.0
+if TYPE_CHECKING:
+    from torchrelay_worker.models.model import Model
+
 MESSAGE_LIMIT = 1_000  # characters
 TRACEBACK_LIMIT = 4_000  # characters
 
@@ -61,9 +63,16 @@ def _is_theirs(filename: str) -> bool:
     return not path.is_relative_to(_OWN) or (path.parent.name == "models" and path.stem not in _MACHINERY)
 
 
-def backoff(failures: int, draw: Callable[[float, float], float] = random.uniform) -> float:
-    """Return the seconds until the next try after so many failures before: full jitter under a doubling limit."""
-    return draw(0.0, min(LONGEST_BACKOFF, BACKOFF_SECONDS * 2.0 ** min(failures, 30)))
+def limit(works: Sequence[Work], model: Model) -> float:
+    """Return the seconds that a device batch may take: the longest of its jobs' timeouts, where none, the model's."""
+    timeouts = {w.hold.claimed.timeout for w in works}
+    return max(float(model.timeout) if t is None else t for t in timeouts)
+
+
+def backoff(work: Work) -> Backoff:
+    """Return the policy by which a failed job waits for its next try: the job's, else the model's, else the default."""
+    resident = work.hold.resident
+    return work.hold.claimed.backoff or (resident.model.backoff if resident is not None else None) or DEFAULT_BACKOFF
 
 
 def failed(work: Work, error: BaseException, error_json: bytes | None = None) -> Outcome:
@@ -71,15 +80,15 @@ def failed(work: Work, error: BaseException, error_json: bytes | None = None) ->
     claimed = work.hold.claimed
     body = error_json if error_json is not None else describe(error)
     if work.failures + 1 < claimed.max_attempts and _may_retry(work, error):
-        wait = backoff(work.failures)
+        wait = backoff(work).wait(work.failures)
         return Outcome(work.job, claimed.chunk, claimed.token, End.OPEN, error=body, retry_in=wait)
     return Outcome(work.job, claimed.chunk, claimed.token, End.FAILED, error=body)
 
 
 def _may_retry(work: Work, error: BaseException) -> bool:
-    if isinstance(error, InvalidInput | Corrupt | NotFound | BadOutput):
+    if isinstance(error, InvalidInput | Corrupt | NotFound | BadOutput | Timeout):
         return False  # another try would meet the same
-    if isinstance(error, RelayError):  # ours: Timeout, LoadFailed, NotANumber, an object store that is away
+    if isinstance(error, RelayError):  # ours: LoadFailed, NotANumber, an object store that is away
         return True
     resident = work.hold.resident
     return isinstance(error, resident.model.retry_on if resident is not None else Exception)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +19,10 @@ from torchrelay_storage.artifacts import Artifacts
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
+from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.registry import Registry
+from torchrelay_worker.blackbox import BlackBox, scratch
 from torchrelay_worker.models.handlers import Handlers
 from torchrelay_worker.models.residency import Residency
 from torchrelay_worker.models.weights import WeightsCache
@@ -28,10 +30,12 @@ from torchrelay_worker.pipeline.batcher import Batcher
 from torchrelay_worker.pipeline.device import Device
 from torchrelay_worker.pipeline.intake import Intake
 from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.pipeline.loader import Loader
 from torchrelay_worker.pipeline.pace import Pace
 from torchrelay_worker.pipeline.preparer import Preparer
 from torchrelay_worker.pipeline.recorder import Recorder
 from torchrelay_worker.pipeline.serving import Serving
+from torchrelay_worker.pipeline.standstill import Standstill
 from torchrelay_worker.pipeline.warden import Warden
 from torchrelay_worker.pipeline.watch import Watch
 from torchrelay_worker.training.gate import Gate
@@ -58,6 +62,7 @@ class Setup:
         lanes: of a worker that trains; None: it does not.
         launcher: starts its runs.
         gate: by which inference goes before a run on the same device.
+        box: where the supervisor finds what ran when this process dies.
     """
 
     database: Database
@@ -74,6 +79,7 @@ class Setup:
     lanes: Lanes | None = None
     launcher: Launcher | None = None
     gate: Gate | None = None
+    box: BlackBox = field(default_factory=scratch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +94,16 @@ class Road:
 class Pipeline:
     """Everything between a claimed chunk and its recorded results. A context manager."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        road: Road,
-        fatal: Callable[[BaseException], None],
-        alone: Callable[[int | None], object] = lambda chunk: None,
-    ) -> None:
+    def __init__(self, setup: Setup, road: Road, fatal: Callable[[BaseException], None]) -> None:
         """Put it together.
 
         Args:
             fatal: called from any thread that cannot go on.
-            alone: told which chunk is the only one that runs from now on; None: that is over.
         """
         self._setup = setup
         self._chunks = ChunkStore(setup.database)
         registry = Registry(setup.database)
-        self.watch = Watch()
+        self.watch = Watch(note=setup.box.due)
         self.pace = Pace()
         self.ledger = Ledger()
         self.batcher: Batcher[Work] = Batcher()
@@ -127,6 +126,8 @@ class Pipeline:
             inline_limit=setup.inline_limit,
             pace=self.pace,
             fatal=fatal,
+            box=setup.box,
+            watch=self.watch,
         )
         self.device = Device(
             self.batcher,
@@ -136,6 +137,7 @@ class Pipeline:
             self.watch,
             fatal=fatal,
             busy=setup.gate.set if setup.gate is not None else lambda busy: None,
+            box=setup.box,
         )
         self.preparer = Preparer(
             self.batcher,
@@ -145,20 +147,30 @@ class Pipeline:
             self.watch,
             threads=setup.threads,
             fatal=fatal,
+            box=setup.box,
+        )
+        fleet = Fleet(setup.database)
+        self.loader = Loader(
+            self.residency,
+            self.recorder,
+            self.watch,
+            setup.box,
+            send=self.preparer.put,
+            serves=lambda version, revision: fleet.serves(setup.worker, version, revision),
+            fatal=fatal,
         )
         self.intake = Intake(
             self._chunks,
             self.ledger,
             self.preparer,
-            self.recorder,
-            self.residency,
+            self.loader,
             pace=self.pace,
             worker=setup.worker,
             served=self.serving.names,
             wake=road.wake,
             redis_is_up=road.is_up,
             opened=self._on_room,
-            alone=alone,
+            loads_wait=lambda: self.residency.is_waited_for,
             lanes=self.serving.lanes,
             runs=setup.launcher,
             fatal=fatal,
@@ -174,8 +186,11 @@ class Pipeline:
             setup.launcher.changed = self.intake.nudge
         self.opened: Callable[[], object] = lambda: None  # called when there is room for more messages
         self.ledger.changed = self.intake.nudge
-        self.ledger.released = self.intake.unpin
+        self.ledger.released = self.loader.unpin
+        self.loader.loaded, self.loader.nudge = self.intake.has_loaded, self.intake.nudge
+        self._standstill = Standstill(self.device, self.intake)
         self._stopping = threading.Event()
+        self._done = threading.Event()
         self._stopped = threading.Lock()
         self._keeper = threading.Thread(target=self._keep, name="warden", daemon=True)
 
@@ -185,6 +200,7 @@ class Pipeline:
         self.recorder.start()
         self.device.start()
         self.preparer.start()
+        self.loader.start()
         self.intake.start()
         self._keeper.start()
 
@@ -197,8 +213,13 @@ class Pipeline:
                 log.warning("database_unreachable", reason=str(error), effect="the worker starts once it is back")
                 self._stopping.wait(SERVING_SECONDS)
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
+
     def stop(self) -> bool:
-        """Finish the device batch that runs, record what has run, and hand the rest back.
+        """Hand back at once what has not begun, finish the device batch that runs, and record what has run.
 
         Returns:
             Whether nothing is left claimed.
@@ -208,12 +229,18 @@ class Pipeline:
                 return len(self.ledger) == 0
             self._stopping.set()
             until = time.monotonic() + self._setup.grace
-            self.intake.stop(timeout=HAND_BACK_SECONDS)
             if self.launcher is not None:
                 self.launcher.ask_to_end()
+            self.preparer.close()
+            self.loader.close()
+            self.intake.stop(timeout=1.0)
+            self.residency.close()
+            begun = self.device.close() | self.recorder.holds()  # in this order: what has run is in one of both
+            self._hand_back([hold for hold in self.ledger.holds() if hold not in begun])
             self.preparer.stop(timeout=1.0)
             self.device.stop(max(0.1, until - time.monotonic()))
             self.recorder.stop(max(1.0, until - time.monotonic()))
+            self._done.set()
             if self._keeper.is_alive():
                 self._keeper.join(HAND_BACK_SECONDS)
             if self.launcher is not None:
@@ -246,14 +273,15 @@ class Pipeline:
 
     def _keep(self) -> None:
         duties: list[tuple[float, Callable[[], None]]] = [
-            (WARDEN_SECONDS, self.warden.look),
+            (WARDEN_SECONDS, self._look),  # also while the worker ends: what runs may be cancelled
             (SERVING_SECONDS, self.serving.look),
             (CHUNK_SIZE_SECONDS, self._fit_chunks),
+            (CHUNK_SIZE_SECONDS, self.loader.say),
         ]
         due = [time.monotonic() + seconds for seconds, _ in duties]
-        while not self._stopping.wait(max(0.0, min(due) - time.monotonic())):
+        while not self._done.wait(max(0.0, min(due) - time.monotonic())):
             for i, (seconds, duty) in enumerate(duties):
-                if time.monotonic() >= due[i]:
+                if time.monotonic() >= due[i] and not (i and self._stopping.is_set()):
                     try:
                         duty()
                     except Unreachable:
@@ -262,11 +290,33 @@ class Pipeline:
                         log.exception("duty_failed")
                     due[i] = time.monotonic() + seconds
 
+    def _look(self) -> None:
+        try:
+            self.warden.look()
+        finally:
+            self.device.forsake()
+            self.preparer.forsake()
+
     def _fit_chunks(self) -> None:
         try:
             self.serving.fit_chunks(self.residency, self.pace)
         except RelayError as error:
             log.info("chunk_size_not_set", reason=str(error))
+
+    def report(self) -> Mapping[str, object]:
+        """Return what the supervisor is told each half second.
+
+        `reason`: what is to be said should what runs overrun its limit (until when it may run stands in the black box).
+        `still`: what stands still though work waits, None if nothing does.
+        """
+        still = self._standstill.reason() if not self._stopping.is_set() else None
+        if still is not None:
+            log.error("pipeline_stands_still", reason=still)
+        return {
+            "reason": self.watch.reason(),
+            "still": still,
+            "stats": self.stats(),
+        }
 
     def stats(self) -> Mapping[str, object]:
         """Return what the heartbeat tells of this worker. `rates` is read by the announcer: chunks a second."""

@@ -17,16 +17,19 @@ from torchrelay_storage import values
 from torchrelay_storage.artifacts import Artifacts, load_large
 from torchrelay_storage.chunk_store import ClaimedJob
 from torchrelay_storage.errors import InvalidInput, Unreachable
+from torchrelay_worker.blackbox import BlackBox, Slot, scratch
 from torchrelay_worker.models.residency import Resident
 from torchrelay_worker.pipeline.batcher import Batcher
 from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
 from torchrelay_worker.pipeline.recorder import Ran, Recorder
-from torchrelay_worker.pipeline.watch import Watch
+from torchrelay_worker.pipeline.watch import GRACE_SECONDS, Watch
 
 log = structlog.get_logger("torchrelay.preparer")
 
 SMALLEST_SLICE = 16  # inputs that one thread prepares at a time
 STORE_SECONDS = 30.0  # that an artifact store may be away before the jobs that need it fail
+FETCH_SECONDS = 300.0  # that fetching one input may take with that
+CANCEL_SECONDS = 5.0  # that `preprocess` may go on for once its job was cancelled
 
 
 class Preparer:
@@ -42,6 +45,7 @@ class Preparer:
         *,
         threads: int,
         fatal: Callable[[BaseException], None] | None = None,
+        box: BlackBox | None = None,
     ) -> None:
         self._batcher = batcher
         self._recorder = recorder
@@ -49,8 +53,11 @@ class Preparer:
         self._artifacts = artifacts
         self._watch = watch
         self._fatal = fatal
+        self._box = box or scratch()
         self._order = itertools.count()
         self._closing = threading.Event()
+        self._now: dict[int, Work] = {}  # what each thread prepares, by its key in the watch
+        self._forsaken: set[int] = set()  # keys whose time was cut
         self._queue: queue.PriorityQueue[tuple[int, int, Hold | None, Sequence[ClaimedJob]]] = queue.PriorityQueue()
         self._threads = [
             threading.Thread(target=self._run, name=f"prepare-{n}", daemon=True) for n in range(max(1, threads))
@@ -70,46 +77,76 @@ class Preparer:
         for start in range(0, len(jobs), size):
             self._queue.put((-hold.claimed.priority, next(self._order), hold, jobs[start : start + size]))
 
-    def stop(self, timeout: float) -> None:
+    def close(self) -> None:
         """Let the threads end after the input that each prepares now."""
         self._closing.set()
         for _ in self._threads:
             self._queue.put((-100, next(self._order), None, ()))
+
+    def stop(self, timeout: float) -> None:
+        """Close, and wait for the threads."""
+        self.close()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout)
 
+    def forsake(self) -> None:
+        """Let what is prepared end soon (`CANCEL_SECONDS`) where nobody wants it any more."""
+        for key, work in list(self._now.items()):
+            if not work.is_wanted:
+                self._forsaken.add(key)
+                self._watch.cut(key, CANCEL_SECONDS, "the job that was being preprocessed was cancelled")
+
     def _run(self) -> None:
+        slot = self._box.slot()
         try:
             while not self._closing.is_set():
                 _, _, hold, jobs = self._queue.get()
                 if hold is not None:
-                    self._prepare(hold, jobs)
+                    self._prepare(hold, jobs, slot)
         except BaseException as error:
             log.critical("preparer_failed", exc_info=error)
             if self._fatal is None:
                 raise
             self._fatal(error)
 
-    def _prepare(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
+    def _prepare(self, hold: Hold, jobs: Sequence[ClaimedJob], slot: Slot) -> None:
         resident = hold.resident
         assert resident is not None
+        # A job's own timeout is for one input; a slice of several has the model's.
+        own = hold.claimed.timeout
+        seconds = float(resident.model.timeout) if own is None else own
+        cell = slot.cell
         works: list[Work] = []
         forgotten: list[Work] = []
         ran = Ran()
-        with self._watch.running(resident.model.timeout):
-            for job in jobs:
-                if self._closing.is_set():
-                    return
-                work = Work(hold, job.id, job.failures)
-                if not work.is_wanted:
-                    forgotten.append(work)
-                    continue
-                try:
-                    self._prepare_one(resident, work, job.input)
-                    works.append(work)
-                except BaseException as error:  # the author's code: whatever it raises is this one job's failure
-                    ran.failed.append((work, error))
+        now = self._now
+        with self._watch.running(seconds, "preprocessing") as key:
+            try:
+                for job in jobs:
+                    if self._closing.is_set():
+                        return
+                    work = Work(hold, job.id, job.failures)
+                    if not work.is_wanted:
+                        forgotten.append(work)
+                        continue
+                    cell[0] = job.id
+                    now[key] = work
+                    if own is not None or self._forsaken:
+                        self._forsaken.discard(key)
+                        self._watch.renew(key, seconds, GRACE_SECONDS)
+                    try:
+                        data = job.input
+                        if data[:1] == _REFERENCE:
+                            data = self._fetch(data, key, seconds)
+                        self._prepare_one(resident, work, data)
+                        works.append(work)
+                    except BaseException as error:  # the author's code: whatever it raises is this one job's failure
+                        ran.failed.append((work, error))
+            finally:
+                slot.note(0)
+                self._now.pop(key, None)
+                self._forsaken.discard(key)
         if works:
             self._batcher.put(resident.version.id, resident.limits, works)
         if forgotten:
@@ -118,14 +155,20 @@ class Preparer:
 
     def _prepare_one(self, resident: Resident, work: Work, data: bytes) -> None:
         model = resident.model
-        if data[:1] == _REFERENCE:
-            data = self._load(data)
         work.prepared = model.preprocess(values.decode(data))
         if model.has_length:
             length = work.length = int(model.length(work.prepared))
             most = model.max_batch_cost
             if most is not None and length > most and model.oversize == "refuse":
                 raise InvalidInput(f"the input has a length of {length}, and this model takes at most {most}")
+
+    def _fetch(self, data: bytes, key: int, seconds: float) -> bytes:
+        """Return an input that is an artifact. A store in trouble is no fault of the job."""
+        self._watch.renew(key, FETCH_SECONDS)
+        try:
+            return self._load(data)
+        finally:
+            self._watch.renew(key, seconds, GRACE_SECONDS)
 
     def _load(self, data: bytes) -> bytes:
         attempts = tenacity.Retrying(

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
 import tenacity
 
-from torchrelay_storage import values
+from torchrelay_storage import faults, values
 from torchrelay_storage.artifacts import Artifacts, job_path, store_large
 from torchrelay_storage.errors import RelayError, Unreachable
 from torchrelay_storage.job_store import Finished, Outcome
+from torchrelay_worker.blackbox import BlackBox, scratch
 from torchrelay_worker.pipeline import outcomes
-from torchrelay_worker.pipeline.ledger import Ledger, Work
+from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
 from torchrelay_worker.pipeline.outcomes import BadOutput
 from torchrelay_worker.pipeline.pace import Pace
+from torchrelay_worker.pipeline.watch import Watch
 
 log = structlog.get_logger("torchrelay.recorder")
 
@@ -39,6 +41,11 @@ class Ran:
 
     def __len__(self) -> int:
         return len(self.done) + len(self.failed)
+
+    def works(self) -> Iterator[Work]:
+        """The jobs in it."""
+        for work, _ in (*self.done, *self.failed):
+            yield work
 
 
 class Finishes(Protocol):
@@ -62,6 +69,8 @@ class Recorder:
         pace: Pace | None = None,
         fatal: Callable[[BaseException], None] | None = None,
         longest_wait: float = 5.0,
+        box: BlackBox | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._store = store
         self._ledger = ledger
@@ -72,12 +81,15 @@ class Recorder:
         self._pace = pace or Pace()
         self._fatal = fatal
         self._longest_wait = longest_wait
+        self._slot = (box or scratch()).slot()
+        self._watch = watch or Watch()
         self._changed = threading.Condition()
         self._waiting: deque[Ran] = deque()
         self._jobs = 0
-        self._busy = False
+        self._busy: Sequence[Ran] = ()  # what is being recorded
         self._closing = threading.Event()
         self.recorded = 0  # jobs, since the start
+        self.is_waiting = False  # for a database or an object store that is away
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def start(self) -> None:
@@ -93,6 +105,11 @@ class Recorder:
             self._waiting.append(ran)
             self._jobs += len(ran)
             self._changed.notify_all()
+
+    def holds(self) -> set[Hold]:
+        """Return the chunks of which something waits to be recorded, or is being recorded."""
+        with self._changed:
+            return {work.hold for ran in (*self._waiting, *self._busy) for work in ran.works()}
 
     def flush(self, timeout: float) -> bool:
         """Wait until all is recorded; False if it is not after `timeout` seconds."""
@@ -114,7 +131,7 @@ class Recorder:
             while (some := self._take()) is not None:
                 self._record(some)
                 with self._changed:
-                    self._busy = False
+                    self._busy = ()
                     self._changed.notify_all()
         except BaseException as error:
             log.critical("recorder_failed", exc_info=error)
@@ -133,7 +150,7 @@ class Recorder:
                 some.append(self._waiting.popleft())
                 n += len(some[-1])
             self._jobs -= n
-            self._busy = True
+            self._busy = some
             self._changed.notify_all()
             return some
 
@@ -147,13 +164,14 @@ class Recorder:
                     written.append(outcomes.failed(work, error))
             done = [(work, output) for work, output in ran.done if work.is_wanted]
             works.extend(work for work, _ in ran.done)
-            written.extend(self._encoded(done))
+            written.extend(self._encoded(done) if done else ())
         holds = {work.hold for work in works}
         for hold in holds:
             hold.recording = True
         finished = self._patiently(lambda: self._store.finish(written, self._worker)) if written else None
         if finished is not None:
             self.recorded += finished.recorded
+            faults.reach("recorded")
             if finished.dropped:
                 log.info("chunks_refused", chunks=len(finished.dropped))
                 self._ledger.drop(finished.dropped)
@@ -173,12 +191,19 @@ class Recorder:
     def _encoded(self, done: Sequence[tuple[Work, Any]]) -> list[Outcome]:
         decoded: list[tuple[Work, Any]] = []
         written: list[Outcome] = []
-        for work, output in done:
-            try:
-                assert work.hold.resident is not None
-                decoded.append((work, work.hold.resident.model.decode(output)))
-            except BaseException as error:  # the author's code: whatever it raises is this one job's failure
-                written.append(outcomes.failed(work, error))
+        cell = self._slot.cell
+        resident = done[0][0].hold.resident
+        assert resident is not None
+        seconds = outcomes.limit([work for work, _ in done], resident.model)
+        with self._watch.running(seconds, "decoding the outputs of a device batch"):
+            for work, output in done:
+                cell[0] = work.job
+                try:
+                    assert work.hold.resident is not None
+                    decoded.append((work, work.hold.resident.model.decode(output)))
+                except BaseException as error:  # the author's code: whatever it raises is this one job's failure
+                    written.append(outcomes.failed(work, error))
+            cell[0] = 0
         try:
             encoded: Sequence[bytes | RelayError] = values.encode_many([value for _, value in decoded])
         except RelayError:
@@ -208,6 +233,7 @@ class Recorder:
             return call()
         except Unreachable as error:
             log.warning("recording_waits", reason=str(error))
+            self.is_waiting = True
         attempts = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unreachable),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=self._longest_wait),
@@ -219,6 +245,8 @@ class Recorder:
             result = attempts(call)
         except Unreachable:
             return None
+        finally:
+            self.is_waiting = False
         log.info("recording_goes_on")
         return result
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from torchrelay_storage.errors import Corrupt, InvalidInput, NotFound, RelayError
-from torchrelay_storage.job_reader import JobError
+from torchrelay_storage.job_error import JobError
 from torchrelay_worker.pipeline.outcomes import describe
 
 

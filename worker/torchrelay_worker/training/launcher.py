@@ -27,7 +27,8 @@ from torchrelay_storage.chunk_store import Claimed
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
 from torchrelay_storage.ids import Kind, show
-from torchrelay_storage.job_reader import JobError
+from torchrelay_storage.job_error import JobError
+from torchrelay_storage.options import Backoff
 from torchrelay_storage.run_spec import RunSpec, read_spec
 from torchrelay_storage.run_writer import RunHold, RunWriter
 
@@ -61,7 +62,7 @@ class Site:
     log_level: str = "warning"
 
 
-def command(site: Site, hold: RunHold, devices: int) -> list[str]:
+def command(site: Site, hold: RunHold, devices: int, backoff: Backoff | None = None) -> list[str]:
     """Return the command line of a run's process; with several devices torch's elastic launcher starts one for each."""
     module = ["-m", "torchrelay_worker.training.process"]
     arguments = ["--job", str(hold.job), "--chunk", str(hold.chunk), "--token", str(hold.token)]
@@ -70,6 +71,8 @@ def command(site: Site, hold: RunHold, devices: int) -> list[str]:
         arguments += ["--threads", str(max(1, site.threads // devices))]
     if site.gate is not None:
         arguments += ["--gate", str(site.gate)]
+    if backoff is not None:
+        arguments += ["--backoff", backoff.encode()]
     if devices == 1:
         return [sys.executable, *module, *arguments]
     elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices), "--max-restarts", "0"]
@@ -181,7 +184,7 @@ class Launcher:
         if run.ending.is_set():
             writer.hand_back()
             return
-        with _Child(self._site, run.hold, spec) as child:
+        with _Child(self._site, run.hold, spec, run.claimed.backoff) as child:
             end = self._watch(run, writer, child)
             child.ship(writer)
             if end is not None:
@@ -220,7 +223,7 @@ class Launcher:
 class _Child:
     """The run's process and its log. A context manager: at its end the process is gone."""
 
-    def __init__(self, site: Site, hold: RunHold, spec: RunSpec) -> None:
+    def __init__(self, site: Site, hold: RunHold, spec: RunSpec, backoff: Backoff | None = None) -> None:
         folder = site.settings.home / "runs"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path = folder / f"{show(Kind.JOB, hold.job)}-{hold.token}.log"
@@ -229,7 +232,7 @@ class _Child:
         self._tail: list[str] = []
         with self.path.open("wb") as output:
             self.process = subprocess.Popen(
-                command(site, hold, spec.devices),
+                command(site, hold, spec.devices, backoff),
                 stdin=subprocess.PIPE,  # its end of file tells the process that we are gone
                 stdout=output,
                 stderr=subprocess.STDOUT,

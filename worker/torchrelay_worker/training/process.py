@@ -31,12 +31,12 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, RelayError, Unreachable
 from torchrelay_storage.ids import Kind, show
 from torchrelay_storage.job_store import JobStore
+from torchrelay_storage.options import DEFAULT_BACKOFF, Backoff
 from torchrelay_storage.run_spec import RunSpec, read_spec
 from torchrelay_storage.run_writer import RunHold, RunWriter
 from torchrelay_storage.runs import RunStore
 from torchrelay_worker import logs
 from torchrelay_worker.exits import EXIT_LOST, EXIT_UNREACHABLE, EXIT_USAGE
-from torchrelay_worker.pipeline.outcomes import backoff
 from torchrelay_worker.training.checkpoints import Checkpoints, Snapshot, read_snapshot
 from torchrelay_worker.training.errors import is_mate_lost, is_out_of_memory, may_retry, out_of_memory, recorded
 from torchrelay_worker.training.gate import Gate
@@ -208,7 +208,8 @@ class Process:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(error)
-        retry_in = backoff(self._failures) if may_retry(error) else None
+        backoff: Backoff = self._arguments.backoff
+        retry_in = backoff.wait(self._failures) if may_retry(error) else None
         try:
             self._writer.fail(recorded(error), retry_in=retry_in)
         except Unreachable as away:
@@ -252,6 +253,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--gate", type=Path, default=None)
+    parser.add_argument("--backoff", type=Backoff.decode, default=DEFAULT_BACKOFF)
     parser.add_argument("--log-level", choices=logs.LEVELS, default="warning")
     return parser.parse_args(argv)
 
