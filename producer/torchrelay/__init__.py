@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchrelay.client import Relay
     from torchrelay.handles import AsyncBatch, AsyncJob, AsyncRun, Batch, Job, Run
     from torchrelay.settings import Settings
+    from torchrelay_storage.attempts import Attempt
     from torchrelay_storage.batch_store import Counts
     from torchrelay_storage.errors import (
         BatchNotFound,
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
         RecipeNotFound,
         RelayError,
         SchemaMismatch,
+        StorageFull,
         Unreachable,
         WaitTimeout,
     )
+    from torchrelay_storage.options import Backoff
     from torchrelay_storage.states import JobState
 
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
     "AsyncJob",
     "AsyncRelay",
     "AsyncRun",
+    "Attempt",
+    "Backoff",
     "Batch",
     "BatchNotFound",
     "Corrupt",
@@ -70,6 +75,7 @@ __all__ = [
     "Run",
     "SchemaMismatch",
     "Settings",
+    "StorageFull",
     "Unreachable",
     "WaitTimeout",
 ]
@@ -79,6 +85,8 @@ _WHERE = {
     "AsyncJob": "torchrelay.handles",
     "AsyncRelay": "torchrelay.async_client",
     "AsyncRun": "torchrelay.handles",
+    "Attempt": "torchrelay_storage.attempts",
+    "Backoff": "torchrelay_storage.options",
     "Batch": "torchrelay.handles",
     "Counts": "torchrelay_storage.batch_store",
     "Job": "torchrelay.handles",

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from torchrelay import messages
 from torchrelay.broker import Broker
+from torchrelay_storage import faults
 from torchrelay_storage.chunk_store import Announced, ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
@@ -31,6 +32,7 @@ PER_WORKER = 2  # chunks: one to run and one to prepare
 LEAST = 4  # chunks, where no worker is known yet
 MOST = 512  # chunks: half a megabyte of Redis, more than any model's workers take in a moment
 FLEET_SECONDS = 1.0  # for which the answer about the workers is used again
+LOOK_SECONDS = 5.0  # between two looks at which messages of a model are still there
 LOST_AFTER = 1.5  # seconds: what was announced before that and is in no queue was lost, or is being claimed right now
 IDLE_SECONDS = 30.0  # without work after which the thread ends; the next wake starts another
 RETRY_SECONDS = 1.0  # between two tries while Redis is away
@@ -73,6 +75,7 @@ class Announcer:
         self._settings = broker.settings
         self._models: dict[str, int] = {}
         self._workers: tuple[float, Sequence[WorkerRow]] = (-math.inf, ())
+        self._looked: dict[str, float] = {}
 
     def announce(self, model: str) -> int:
         """Announce what there is room for, the most urgent first, and return how many chunks went out.
@@ -95,20 +98,28 @@ class Announcer:
     def announce_again(self, model: str) -> int:
         """Send anew what was announced and got lost: at once when the queue is empty, else by age.
 
-        A message too many is harmless: the second claim of a chunk gets nothing. Raises as `announce`.
+        What still waits in the queue is not sent again, however long it waits. A message too many is harmless: the
+        second claim of a chunk gets nothing. Raises as `announce`.
         """
         queue = messages.queue_name(model)
-        depths = self._broker.depths(queue)
         size = self._window(model)
-        waiting = sum(depths.values())
-        age = self._settings.announce_again if waiting else LOST_AFTER
-        # A training run waits for hours behind another: anew each half minute, its messages would fill Redis.
-        limit = size - waiting if model.startswith(LANE) else max(size - waiting, LEAST)
-        return self._send(queue, self._chunks.announce_again(self._id(model), age, limit)) if limit > 0 else 0
+        if not any(self._broker.depths(queue).values()):
+            return self._send(queue, self._chunks.announce_again(self._id(model), LOST_AFTER, max(size, LEAST)))
+        if time.monotonic() - self._looked.get(model, -math.inf) < min(LOOK_SECONDS, self._settings.announce_again):
+            return 0
+        self._looked[model] = time.monotonic()
+        waiting = self._broker.waiting(queue)
+        # A message that a worker holds and has no room for is missing here: a long queue must not fill up with copies.
+        limit = max(size - len(waiting), 0 if model.startswith(LANE) else LEAST)
+        if limit <= 0:
+            return 0
+        lost = self._chunks.announce_again(self._id(model), self._settings.announce_again, limit, waiting)
+        return self._send(queue, lost)
 
     def _send(self, queue: str, announced: Sequence[Announced]) -> int:
         if not announced:
             return 0
+        faults.reach("announced")
         return self._broker.send([(queue, a.priority, a.chunk) for a in announced])
 
     def _id(self, model: str) -> int:

@@ -15,6 +15,7 @@ from torchrelay.client import Relay
 from torchrelay.core import Core, Prepared
 from torchrelay.datasets import Source
 from torchrelay.handles import AsyncBatch, AsyncJob, AsyncRun
+from torchrelay.retries import BackoffLike, read_backoff, retry_where
 from torchrelay.run_handles import async_handles
 from torchrelay.settings import Settings
 from torchrelay.training import Request, merged
@@ -73,12 +74,13 @@ class AsyncRelay:
         expires_in: float | None = None,
         timeout: float | None = None,
         max_attempts: int = 3,
+        backoff: BackoffLike | None = None,
         metadata: Mapping[str, Any] | None = None,
         tenant: str = "",
         session: AsyncSession | async_scoped_session[Any] | None = None,
     ) -> AsyncJob:
         """As `Relay.submit`; `session` is a SQLAlchemy AsyncSession."""
-        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant, read_backoff(backoff))
         prepared = await self._prepare(model, input, options, key, metadata)
         try:
             placed = await self._place(prepared, session)
@@ -101,8 +103,8 @@ class AsyncRelay:
         if session is not None:
             from torchrelay.sessions import async_session, submit_in  # the ORM takes a fifth of a second to import
 
-            await self._shared.call(self._core.ready)
-            return await async_session(session).run_sync(lambda plain: submit_in(self._core, plain, prepared))
+            place = await self._shared.call(self._core.admit, prepared)
+            return await async_session(session).run_sync(lambda plain: submit_in(self._core, plain, prepared, place))
         return await asyncio.wrap_future(self._core.submit(prepared))
 
     async def _forget_input(self, prepared: Prepared) -> None:
@@ -120,11 +122,12 @@ class AsyncRelay:
         expires_in: float | None = None,
         timeout: float | None = None,
         max_attempts: int = 3,
+        backoff: BackoffLike | None = None,
         metadata: Mapping[str, Any] | None = None,
         tenant: str = "",
     ) -> AsyncBatch:
         """As `Relay.submit_batch`; `inputs` may also be an async iterable. A plain one is iterated on a thread."""
-        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant, read_backoff(backoff))
         refuse_no_iterable(inputs)
 
         def make() -> BatchWriter:
@@ -175,6 +178,7 @@ class AsyncRelay:
         expires_in: float | None = None,
         timeout: float | None = None,
         max_attempts: int = 3,
+        backoff: BackoffLike | None = None,
         metadata: Mapping[str, Any] | None = None,
         tenant: str = "",
         session: AsyncSession | async_scoped_session[Any] | None = None,
@@ -182,7 +186,7 @@ class AsyncRelay:
         **more: Any,
     ) -> AsyncRun:
         """As `Relay.train`; `session` is a SQLAlchemy AsyncSession."""
-        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant, read_backoff(backoff))
         request = Request(
             model, recipe, dataset, validation, split, split_column, stratify, seed, devices, precision, deterministic,
             checkpoint_steps, checkpoint_minutes, keep_checkpoints, promote, merged(hyperparameters, more),
@@ -244,6 +248,17 @@ class AsyncRelay:
         )
         return await async_handles(self._shared, rows)
 
+    async def retry(
+        self,
+        *,
+        state: str | Iterable[str] | None = None,
+        model: str | None = None,
+        batch: str | None = None,
+        tenant: str | None = None,
+    ) -> int:
+        """As `Relay.retry`."""
+        return await self._shared.call(retry_where, self._core, state=state, model=model, batch=batch, tenant=tenant)
+
     async def batches(
         self, *, model: str | None = None, limit: int = 50, before: str | None = None
     ) -> list[AsyncBatch]:
@@ -290,6 +305,17 @@ class AsyncRelay:
     async def alias_history(self, model: str, alias: str | None = None) -> list[AliasMove]:
         """As `Relay.alias_history`."""
         return await self._shared.call(training.alias_history, self._core, model, alias)
+
+    async def limit_model(self, model: str, max_queued: int | None) -> None:
+        """Let at most so many jobs of a model wait; a submit of more raises QueueFull. None: any number.
+
+        Other clients follow within some seconds.
+
+        Raises:
+            InvalidInput: it is no whole number from 0 up.
+            ModelNotFound: there is no such model.
+        """
+        await self._shared.call(self._core.limit_model, model, max_queued)
 
     async def pause(self, model: str) -> None:
         """As `Relay.pause`."""

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from torchrelay.admission import Place
 from torchrelay.checks import check_key
-from torchrelay_storage import values
+from torchrelay_storage import faults, values
 from torchrelay_storage.batch_store import BatchChunk, BatchRow
-from torchrelay_storage.errors import InvalidInput, KeyConflict
+from torchrelay_storage.errors import InvalidInput, KeyConflict, QueueFull
 from torchrelay_storage.ids import Kind, show
 from torchrelay_storage.job_reader import JobRow
 from torchrelay_storage.options import Options
@@ -38,6 +39,7 @@ class BatchWriter:
     Raises (all of it):
         InvalidInput: an option, the key, the metadata or an input is refused; of an input, the message has its index.
         KeyConflict: the batch with this key was submitted with other inputs.
+        QueueFull: there is no room for all inputs where their number is known, else for more; it says what is stored.
         ModelNotFound, Unreachable.
     """
 
@@ -53,6 +55,8 @@ class BatchWriter:
         self.version = core.model(model)
         self.skip = 0
         self._added = 0
+        self._stored = 0
+        self._place = Place(0)  # what room there is for inputs whose number is known
         self._metadata = metadata
         self._batch: BatchRow | None = None
         self._pending: list[NewJob] = []
@@ -80,15 +84,35 @@ class BatchWriter:
     def open(self, total: int | None = None) -> None:
         """Make the batch's row, or find the one that has the key; `total` is the number of inputs where it is known."""
         core = self._core.ready()
+        self._reserve(total)
         batch = core.batches.create(self.version, self._options, key=self._key, metadata=self._metadata)
         self._batch = batch
         if self._key is None:
             return
-        self.skip = core.batches.stored(batch.id)
+        self.skip = self._stored = core.batches.stored(batch.id)
         if self.skip and batch.version_id != self.version.id:
             self.version = core.registry.version(batch.version_id)  # it goes on as it began
         if total is not None and (total < self.skip or (batch.closed and total != self.skip)):
             raise self._conflict()
+
+    def _reserve(self, total: int | None) -> None:
+        """Take room for all that will come, where it is known how much, before anything is stored; else for a first."""
+        admission, version = self._core.admission, self.version
+        if not admission.limits(version):
+            return
+        stores = self._core.batches
+        known = stores.of_key(version.model, self._options.tenant, self._key) if self._key is not None else None
+        if total is None:
+            if known is None:
+                admission.admit_some(version, 1).close()
+            return
+        missing = total - (stores.stored(known.id) if known is not None else 0)
+        if missing > 0:
+            self._place = admission.admit(version, missing)
+
+    def abandon(self) -> None:
+        """No more will come, and the batch stays open."""
+        self._place.close()
 
     def add(self, inputs: Sequence[object]) -> None:
         """Take the next inputs; store a slice when it is full. What came before a bad input is stored."""
@@ -137,13 +161,40 @@ class BatchWriter:
             self.flush()
 
     def _store(self, count: int) -> None:
-        if not count:
-            return
-        jobs = self._pending[:count]
-        self._core.jobs.submit([Submission(self.version, self._options, jobs, batch=self.batch.id)])
-        del self._pending[:count]  # what could not be stored stays, and the next flush tries it again
-        self._pending_bytes = sum(len(job.input) for job in self._pending)
-        self._core.wake(self.version.name)
+        while count:
+            with self._admit(count) as place:
+                part = min(count, place.count)
+                submission = Submission(self.version, self._options, self._pending[:part], batch=self.batch.id)
+                self._core.jobs.submit([submission])
+                place.stored(part)
+            faults.reach("committed")
+            del self._pending[:part]  # what could not be stored stays, and the next flush tries it again
+            self._pending_bytes = sum(len(job.input) for job in self._pending)
+            self._stored += part
+            self._core.wake(self.version.name)
+            count -= part
+
+    def _admit(self, count: int) -> Place:
+        """Room for so many of the pending inputs, or for some. Raises QueueFull, with what was stored before."""
+        if self._place.count >= count:
+            return self._place
+        try:
+            # A stream may go on for hours: a limit that is set meanwhile holds for it too.
+            return self._core.admission.admit_some(self._core.model(self.version.name), count)
+        except QueueFull as full:
+            for job in self._pending:
+                self._core.forget_input(job)
+            self._pending, self._pending_bytes = [], 0
+            raise self._stopped(full) from None
+
+    def _stopped(self, full: QueueFull) -> QueueFull:
+        name = show(Kind.BATCH, self.batch.id)
+        if self._key is not None:
+            after = f"the same inputs submitted under the key {self._key!r} go on there"
+        else:
+            after = f"wait for room before the rest, or cancel {name} (a `key` would let the same inputs go on there)"
+        words = f"{full}. The first {self._stored:,} inputs are stored and run as batch {name}, which is open: {after}"
+        return QueueFull(words, full.retry_after, batch=name, stored=self._stored)
 
     def _encode(self, inputs: Sequence[object], start: int) -> list[bytes]:
         try:
@@ -201,7 +252,13 @@ def write(writer: BatchWriter, inputs: Iterable[object]) -> BatchRow:
     if isinstance(inputs, Sequence):
         writer.check(inputs)
     writer.open(len(inputs) if isinstance(inputs, Sized) else None)
-    source = iter(inputs)
+    try:
+        return _write(writer, iter(inputs))
+    finally:
+        writer.abandon()
+
+
+def _write(writer: BatchWriter, source: Iterator[object]) -> BatchRow:
     while True:
         group: list[object] = []
         try:

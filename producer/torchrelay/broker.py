@@ -47,7 +47,7 @@ def make_app(settings: Settings, *, worker: bool = False) -> Celery:
         "socket_keepalive": True,
         "health_check_interval": 5,
         # The message is acknowledged once its chunk is claimed, so this guards milliseconds, not the work.
-        "visibility_timeout": 60,
+        "visibility_timeout": settings.visibility_timeout,
         "unacked_restore_interval": 5,
         "unacked_restore_throttle": 1,
         # `priority` would let one model's urgent jobs starve every other model.
@@ -170,6 +170,15 @@ class Broker:
             for priority in messages.PRIORITIES:
                 pipeline.llen(_key(queue, priority))
             return dict(zip(messages.PRIORITIES, (int(n) for n in pipeline.execute()), strict=True))
+
+    def waiting(self, queue: str) -> set[int]:
+        """Return the ids of the chunks whose messages wait in a queue. Raises Unreachable."""
+        with self._named_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            for priority in messages.PRIORITIES:
+                pipeline.lrange(_key(queue, priority), 0, -1)
+            found = (messages.read_chunk(data) for part in pipeline.execute() for data in part)
+            return {chunk for chunk in found if chunk is not None}
 
     def is_up(self) -> bool:
         """Whether Redis answers now."""

@@ -15,6 +15,7 @@ from torchrelay.batches import BatchWriter, write
 from torchrelay.core import Core
 from torchrelay.datasets import Source
 from torchrelay.handles import Batch, Job, Run
+from torchrelay.retries import BackoffLike, read_backoff, retry_where
 from torchrelay.run_handles import handles
 from torchrelay.settings import Settings
 from torchrelay.training import Request, merged
@@ -82,6 +83,7 @@ class Relay:
         expires_in: float | None = None,
         timeout: float | None = None,
         max_attempts: int = 3,
+        backoff: BackoffLike | None = None,
         metadata: Mapping[str, Any] | None = None,
         tenant: str = "",
         session: Session | scoped_session[Any] | None = None,
@@ -99,6 +101,8 @@ class Relay:
             expires_in: seconds within which it must have started.
             timeout: seconds that its device batch may take.
             max_attempts: how often it may fail.
+            backoff: the wait between its tries: a Backoff, or a dict of its parts such as `{"seconds": 2}`; None: as
+                its model says.
             metadata: JSON of the caller's own, kept with the job.
             tenant: who shares the workers fairly with other tenants; also the scope of `key`.
             session: a SQLAlchemy Session on the same database: the job exists if and only if that commits. With
@@ -108,9 +112,11 @@ class Relay:
             InvalidInput: an option or the input is refused; nothing is stored.
             KeyConflict: the key belongs to another input.
             ModelNotFound: it names the models that come near.
+            QueueFull: as many jobs wait as may, of the model or of all; its `retry_after` says in how many seconds to
+                try again.
             Unreachable: the database does not answer. Redis may be away: the job goes out when it is back.
         """
-        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant, read_backoff(backoff))
         if session is not None:
             from torchrelay.sessions import submit_in, sync_session  # the ORM takes a fifth of a second to import
 
@@ -141,6 +147,7 @@ class Relay:
         expires_in: float | None = None,
         timeout: float | None = None,
         max_attempts: int = 3,
+        backoff: BackoffLike | None = None,
         metadata: Mapping[str, Any] | None = None,
         tenant: str = "",
     ) -> Batch:
@@ -155,14 +162,17 @@ class Relay:
             inputs: any iterable; a generator is consumed in constant memory.
             key: names the batch, for going on and for not submitting it twice.
             metadata: of the batch.
-            model, priority, delay, not_before, expires_in, timeout, max_attempts, tenant: of each job, as in `submit`.
+            model, priority, delay, not_before, expires_in, timeout, max_attempts, backoff, tenant: of each job, as in
+                `submit`.
 
         Raises:
             InvalidInput: an option or an input is refused; the message has the input's index.
             KeyConflict: the batch with this key has other inputs (its first, or their number).
+            QueueFull: as many jobs wait as may. Of a list nothing is stored; of a generator the error's `stored`
+                inputs of its `batch` are, and run: go on by the `key` after `retry_after` seconds, or cancel the batch.
             ModelNotFound, Unreachable: as in `submit`.
         """
-        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant, read_backoff(backoff))
         writer = BatchWriter(self._core.ready(), model, options, key=key, metadata=metadata)
         return Batch(self._core, write(writer, inputs))
 
@@ -193,6 +203,7 @@ class Relay:
         expires_in: float | None = None,
         timeout: float | None = None,
         max_attempts: int = 3,
+        backoff: BackoffLike | None = None,
         metadata: Mapping[str, Any] | None = None,
         tenant: str = "",
         session: Session | scoped_session[Any] | None = None,
@@ -218,7 +229,8 @@ class Relay:
             checkpoint_steps, checkpoint_minutes: write a checkpoint after so many steps, or so many minutes.
             keep_checkpoints: how many are kept.
             promote: an alias, such as `champion`, that the version gets.
-            priority, key, delay, not_before, expires_in, max_attempts, metadata, tenant, session: as in `submit`.
+            priority, key, delay, not_before, expires_in, max_attempts, backoff, metadata, tenant, session: as in
+                `submit`.
             timeout: seconds that it may run at a stretch; the last checkpoint is kept.
             hyperparameters, more: the recipe's own, such as `epochs=5`; the dict for those that are named as an
                 argument above is.
@@ -231,7 +243,7 @@ class Relay:
             KeyConflict: the key belongs to another run.
             Unreachable: the database or the object store does not answer.
         """
-        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant)
+        options = Options(priority, delay, not_before, expires_in, timeout, max_attempts, tenant, read_backoff(backoff))
         request = Request(
             model, recipe, dataset, validation, split, split_column, stratify, seed, devices, precision, deterministic,
             checkpoint_steps, checkpoint_minutes, keep_checkpoints, promote, merged(hyperparameters, more),
@@ -295,6 +307,28 @@ class Relay:
         """
         rows = self._core.page(state=state, model=model, batch=batch, tenant=tenant, limit=limit, before=before)
         return handles(self._core, rows)
+
+    def retry(
+        self,
+        *,
+        state: str | Iterable[str] | None = None,
+        model: str | None = None,
+        batch: str | None = None,
+        tenant: str | None = None,
+    ) -> int:
+        """Let all jobs that pass the filters run again, with all their attempts; return how many those are.
+
+        Each is met once, even if it fails anew meanwhile. For one job there is `job.retry`.
+
+        Args:
+            state: `failed` (where nothing is said), `expired` or `cancelled`, or several of them.
+            model, batch, tenant: which jobs, as in `jobs`.
+
+        Raises:
+            InvalidInput: another state, or no filter at all.
+            ModelNotFound, BatchNotFound, Unreachable.
+        """
+        return retry_where(self._core, state=state, model=model, batch=batch, tenant=tenant)
 
     def batches(self, *, model: str | None = None, limit: int = 50, before: str | None = None) -> list[Batch]:
         """Return the newest batches, the newest first; `before` as in `jobs`."""
@@ -364,6 +398,17 @@ class Relay:
     def alias_history(self, model: str, alias: str | None = None) -> list[AliasMove]:
         """Return which version was live when: each move of an alias, the newest first. Raises ModelNotFound."""
         return training.alias_history(self._core, model, alias)
+
+    def limit_model(self, model: str, max_queued: int | None) -> None:
+        """Let at most so many jobs of a model wait; a submit of more raises QueueFull. None: any number.
+
+        Other clients follow within some seconds.
+
+        Raises:
+            InvalidInput: it is no whole number from 0 up.
+            ModelNotFound: there is no such model.
+        """
+        self._core.limit_model(model, max_queued)
 
     def pause(self, model: str) -> None:
         """Let nothing of a model be started until `resume`; submits go on, and it survives every restart."""

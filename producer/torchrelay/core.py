@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchrelay.admission import Admission, Place
 from torchrelay.announcer import Announcer, AnnouncerThread
 from torchrelay.broker import Broker, connect
 from torchrelay.checks import check_key, check_limit, read_states
@@ -82,7 +83,8 @@ class Core:
         self.aliases = AliasStore(self.db)
         self.fleet = Fleet(self.db)
         self.announcer = AnnouncerThread(Announcer(self.db, self.broker))
-        self.submitter = Submitter(self.jobs, self.wake_many)
+        self.admission = Admission(self.jobs, self.registry, settings.max_queued)
+        self.submitter = Submitter(self.jobs, self.wake_many, self.admission)
         self.completions = Completions(self.jobs.get, self._subscribe)
         self.closed = False
         self._models: dict[str, tuple[float, ModelVersion]] = {}
@@ -174,6 +176,7 @@ class Core:
         Raises:
             InvalidInput: an option, the key, the metadata or the input is refused; the message says which and why.
             ModelNotFound: it names the models that come near.
+            QueueFull: there is no room for a job whose input would have to be uploaded.
         """
         options.validate()
         check_key(key)
@@ -181,6 +184,8 @@ class Core:
         version = self.model(model)
         encoded = self.check_size(values.encode(input))
         digest = values.digest(encoded) if key is not None else None
+        if len(encoded) > self.settings.inline_limit:  # refused before it is uploaded
+            self.admission.admit_job(version, options.tenant, key).close()
         job = NewJob(self.store_input(encoded), key, digest, described)
         return Prepared(version, options, job, dict(metadata or {}))
 
@@ -216,6 +221,10 @@ class Core:
                 "(setting max_metadata_bytes)"
             )
         return data
+
+    def admit(self, prepared: Prepared) -> Place:
+        """Take room for a job. Raises QueueFull."""
+        return self.ready().admission.admit_job(prepared.version, prepared.options.tenant, prepared.job.key)
 
     def submit(self, prepared: Prepared) -> Future[Submitted]:
         """Store a job together with those that others submit meanwhile; the future is done once it is committed."""
@@ -369,6 +378,12 @@ class Core:
         self.ready().registry.resume(name)
         self._models.clear()
         self.wake(name)
+
+    def limit_model(self, model: str, max_queued: int | None) -> None:
+        """Set how many jobs of a model may be queued. Raises InvalidInput, ModelNotFound."""
+        self.ready().registry.limit(self.model(model).name, max_queued)
+        self.forget_models()
+        self.admission.forget()
 
     def pause_batch(self, batch: int) -> None:
         """Let nothing of a batch be claimed until it is resumed."""

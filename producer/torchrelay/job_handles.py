@@ -11,9 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torchrelay_storage.attempts import Attempt
 from torchrelay_storage.errors import RelayError, WaitTimeout
 from torchrelay_storage.ids import Kind, show
-from torchrelay_storage.job_reader import JobError, JobRow
+from torchrelay_storage.job_error import JobError
+from torchrelay_storage.job_reader import JobRow
 from torchrelay_storage.states import TERMINAL, JobState
 from torchrelay_storage.tensors import Tensors
 
@@ -99,6 +101,11 @@ class _JobBase:
         return self._row.worker
 
     @property
+    def handler_revision(self) -> str | None:
+        """Which revision of its model's handler computed the result; None before the end, and where it is not known."""
+        return self._row.handler_revision
+
+    @property
     def created_at(self) -> float:
         """When it was submitted: seconds since 1970."""
         return self._row.created_at
@@ -123,6 +130,7 @@ class _JobBase:
             "max_attempts": self.max_attempts,
             "error": {"type": error.type, "message": error.message} if error is not None else None,
             "worker": self.worker,
+            "handler_revision": self.handler_revision,
             "created_at": self.created_at,
             "not_before": self._row.not_before,
             "finished_at": self.finished_at,
@@ -184,6 +192,13 @@ class Job(_JobBase):
         """Return the job's input, read anew."""
         return self._core.decode(self._core.job(self._row.id, with_input=True, with_output=False).input, tensors)
 
+    def attempts(self) -> list[Attempt]:
+        """Return its tries, the oldest first: when, by which worker, how each ended. Raises JobNotFound.
+
+        Those from before a `retry` stay. A worker that ends in good order hands its jobs back, which is no try.
+        """
+        return self._core.ready().jobs.attempts(self._row.id)
+
     def cancel(self) -> bool:
         """Cancel it: at once while it waits, else its result is dropped. False: it had ended already."""
         cancelled = self._core.cancel([self._row.id]) > 0
@@ -244,6 +259,10 @@ class AsyncJob(_JobBase):
     async def input(self, *, tensors: Tensors | None = None) -> Any:
         """As `Job.input`."""
         return await self._shared.call(Job(self._core, self._row).input, tensors=tensors)
+
+    async def attempts(self) -> list[Attempt]:
+        """As `Job.attempts`."""
+        return await self._shared.call(Job(self._core, self._row).attempts)
 
     async def cancel(self) -> bool:
         """As `Job.cancel`."""

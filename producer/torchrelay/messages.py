@@ -62,6 +62,14 @@ def decode(args: Sequence[Any]) -> int:
         raise InvalidInput("a message on a queue of torchrelay names no chunk; it was left out") from error
 
 
+def read_chunk(data: bytes) -> int | None:
+    """Return the chunk's id from a message as it lies in Redis, whose task has the chunk's name; None: not ours."""
+    try:
+        return ids.read(Kind.CHUNK, orjson.loads(data)["headers"]["id"])
+    except (orjson.JSONDecodeError, RelayError, AttributeError, KeyError, TypeError):
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Ended:
     """Jobs of these chunks ended, or were brought back; so the counts of these batches changed."""

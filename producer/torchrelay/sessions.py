@@ -13,30 +13,44 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, scoped_session
 
+from torchrelay_storage import faults
 from torchrelay_storage.errors import InvalidInput, KeyConflict
 from torchrelay_storage.submission import Submission, Submitted
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from torchrelay.admission import Place
     from torchrelay.core import Core, Prepared
 
-_INFO = "torchrelay.pending"  # in session.info: the cores and models to wake at the commit
+# In session.info: the cores and models to wake at the commit, and the room that is taken until the transaction ends.
+_INFO = "torchrelay.pending"
+_PLACES = "torchrelay.places"
 
 
-def submit_in(core: Core, session: Session, prepared: Prepared) -> Submitted:
+def submit_in(core: Core, session: Session, prepared: Prepared, place: Place | None = None) -> Submitted:
     """Store a job through the session's connection. The session is flushed first, as by any query.
+
+    Args:
+        place: the room for it, where that was taken before.
 
     Raises:
         InvalidInput: the session is not on torchrelay's database.
-        KeyConflict: the key belongs to another input; the session's transaction goes on.
+        KeyConflict, QueueFull: the session's transaction goes on.
     """
+    place = place or core.admit(prepared)
 
     def store(connection: Connection) -> Submitted | KeyConflict:
         [[placed]] = core.jobs.submit([Submission(prepared.version, prepared.options, [prepared.job])], connection)
         return placed
 
-    return store_in(core, session, prepared.version.name, store)
+    with place:
+        placed = store_in(core, session, prepared.version.name, store)
+    if placed.existed:
+        place.close()
+    else:
+        session.info.setdefault(_PLACES, []).append(place)
+    return placed
 
 
 def store_in(
@@ -115,6 +129,7 @@ def _announce_at_commit(core: Core, session: Session, model: str) -> None:
     if first:
         event.listen(session, "after_commit", _committed)
         event.listen(session, "after_soft_rollback", _rolled_back)
+        event.listen(session, "after_transaction_end", _ended)
 
 
 def _committed(session: Session) -> None:
@@ -125,6 +140,9 @@ def _committed(session: Session) -> None:
     wakes = dict.fromkeys((id(core), model) for core, model in pending)
     cores = {id(core): core for core, _ in pending}
     pending.clear()
+    for place in session.info.pop(_PLACES, []):
+        place.stored()
+    faults.reach("committed")
     for core_id, model in wakes:
         cores[core_id].wake(model)
 
@@ -133,3 +151,10 @@ def _rolled_back(session: Session, previous: Any) -> None:
     # A savepoint's rollback leaves the rest pending: to wake for a job that is not there is harmless.
     if previous.parent is None:
         session.info.get(_INFO, []).clear()
+
+
+def _ended(session: Session, transaction: Any) -> None:
+    # What was committed has left its places by now: the rest is rolled back, also where the session was just closed.
+    if transaction.parent is None:
+        for place in session.info.pop(_PLACES, []):
+            place.close()

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     inline_limit: int = Field(default=65_536, ge=1024)  # bytes; larger values become artifacts
     max_input_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)  # bytes of one encoded input
     max_metadata_bytes: int = Field(default=16_384, ge=2)  # bytes of one job's metadata as JSON
+    max_queued: int | None = Field(default=None, ge=0)  # jobs of all models that may wait; None: any number
 
     # Workers.
     handlers: dict[str, str] = Field(default_factory=dict)  # name -> "module:Class", beside the entry points
@@ -58,7 +59,9 @@ class Settings(BaseSettings):
 
     # The road.
     window: Seconds = 2.0  # seconds of work of a model that are in Redis at a time
-    announce_again: Seconds = 30.0  # seconds after which an announced chunk that nobody claimed is announced anew
+    announce_again: Seconds = 15.0  # seconds after which an announced chunk that nobody claimed is announced anew
+    visibility_timeout: Seconds = 60.0  # seconds after which Celery gives a message to another worker; guards no work
+    silent_after: Seconds = 30.0  # seconds that messages may wait for an idle worker before it consumes anew
 
     # Keeping.
     retention_days: Annotated[float, Field(ge=0)] = 30.0  # days that ended jobs are kept; 0: for ever

@@ -15,7 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torchrelay_storage.errors import KeyConflict, RelayError, Unreachable
+from torchrelay.admission import FREE, Admission, Place
+from torchrelay_storage import faults
+from torchrelay_storage.errors import KeyConflict, QueueFull, RelayError, Unreachable
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion
 from torchrelay_storage.submission import NewJob, Submission, Submitted
@@ -37,6 +39,7 @@ class _Entry:
     options: Options
     job: NewJob
     future: Future[Submitted] = field(default_factory=Future)
+    place: Place = FREE
 
 
 class Submitter:
@@ -45,11 +48,15 @@ class Submitter:
     Args:
         store: the JobStore.
         on_commit: called with the names of the models of each committed group; must not raise, nor take long.
+        admission: says whether there is room for a job; None: there always is.
     """
 
-    def __init__(self, store: Stores, on_commit: Callable[[set[str]], None]) -> None:
+    def __init__(
+        self, store: Stores, on_commit: Callable[[set[str]], None], admission: Admission | None = None
+    ) -> None:
         self._store = store
         self._on_commit = on_commit
+        self._admission = admission
         self._reset()
         _all.add(self)
 
@@ -62,8 +69,8 @@ class Submitter:
     def submit(self, version: ModelVersion, options: Options, job: NewJob) -> Future[Submitted]:
         """Queue a job; the future is done when its transaction is.
 
-        It raises KeyConflict, Unreachable, or what else kept this very job out. A future that is cancelled before its
-        group is formed leaves nothing behind.
+        It raises KeyConflict, QueueFull, Unreachable, or what else kept this very job out. A future that is cancelled
+        before its group is formed leaves nothing behind.
         """
         entry = _Entry(version, options, job)
         with self._changed:
@@ -94,6 +101,7 @@ class Submitter:
                     self._thread = None
                     return
                 group = self._take()
+            group = self._admit(group)
             if group:
                 self._commit(group)
 
@@ -107,6 +115,25 @@ class Submitter:
                 size += len(entry.job.input)
         return group
 
+    def _admit(self, group: list[_Entry]) -> list[_Entry]:
+        """Leave out what there is no room for. Here, and not at the submit: an event loop must not wait for a count."""
+        admission = self._admission
+        if admission is None or not any(admission.limits(entry.version) for entry in group):
+            return group
+        admitted: list[_Entry] = []
+        broken: Exception | None = None  # the database's: the next would wait for it in vain too
+        for entry in group:
+            try:
+                if broken is not None and admission.limits(entry.version):
+                    raise broken
+                entry.place = admission.admit_job(entry.version, entry.options.tenant, entry.job.key)
+            except Exception as error:
+                entry.future.set_exception(error)
+                broken = None if isinstance(error, QueueFull) else error
+            else:
+                admitted.append(entry)
+        return admitted
+
     def _commit(self, group: Sequence[_Entry]) -> None:
         """Store a group in one transaction; where that fails for any reason but the database's, one by one."""
         alike: dict[tuple[int, Options], list[_Entry]] = defaultdict(list)
@@ -118,17 +145,24 @@ class Submitter:
         except Exception as error:
             if len(group) == 1 or isinstance(error, Unreachable):
                 for entry in group:
+                    entry.place.close()
                     entry.future.set_exception(error)
             else:  # one of them is to blame, and the others must not suffer for it
                 for entry in group:
                     self._commit([entry])
             return
+        faults.reach("committed")
         for entries, results in zip(alike.values(), placed, strict=True):
             for entry, result in zip(entries, results, strict=True):
                 if isinstance(result, KeyConflict):
+                    entry.place.close()
                     entry.future.set_exception(result)
+                    continue
+                if result.existed:
+                    entry.place.close()
                 else:
-                    entry.future.set_result(result)
+                    entry.place.stored()
+                entry.future.set_result(result)
         self._on_commit({entry.version.name for entry in group})
 
 

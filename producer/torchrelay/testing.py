@@ -21,6 +21,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, event
 
+from torchrelay.admission import Admission
 from torchrelay.async_client import AsyncRelay
 from torchrelay.client import Relay
 from torchrelay.completions import Completions, Delivery, JobWait
@@ -34,7 +35,8 @@ from torchrelay_storage.chunk_store import Claimed, ClaimedJob
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import InvalidInput, KeyConflict, WaitTimeout
 from torchrelay_storage.ids import Kind, show
-from torchrelay_storage.job_reader import JobError, JobFilter, JobRow
+from torchrelay_storage.job_error import JobError
+from torchrelay_storage.job_reader import JobFilter, JobRow
 from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.run_spec import RunSpec, read_spec
 from torchrelay_storage.run_writer import NewVersion, Point, Progress, RunHold, RunWriter
@@ -86,8 +88,10 @@ class InlineRelay(_Inline, Relay):
         models: name -> function of one input (decoded) that returns one output.
 
     A job runs at its submit, in the thread that submits; one that fails is tried again at once, up to `max_attempts`
-    times, unless it raised InvalidInput. So does a training run whose recipe has a function (`add_recipe`); without one
-    it stays queued. A wait for a job that nothing will run raises WaitTimeout at once.
+    times, unless it raised InvalidInput. With a `backoff` it waits for its next try until the clock has moved on
+    (`advance`), always as long as it may: nothing is drawn in a test. So does a training run whose recipe has a
+    function (`add_recipe`); without one it stays queued. A wait for a job that nothing will run raises WaitTimeout at
+    once.
     """
 
     _core: InlineCore
@@ -160,6 +164,7 @@ class InlineCore(Core):
         super().__init__(settings)
         self.completions.close()
         self.completions = _InlineCompletions(self)
+        self.admission = Admission(self.jobs, self.registry, settings.max_queued, seconds=0)  # jobs run in no time
         self._handlers: dict[str, Handler] = {}
         self._numbers: dict[int, str] = {}  # of models -> their names
         self._trainers: dict[int, Trainer] = {}  # by the lane's number
@@ -182,9 +187,12 @@ class InlineCore(Core):
         """Store the job and run it."""
         future: Future[Submitted] = Future()
         submission = Submission(prepared.version, prepared.options, [prepared.job])
-        [[placed]] = self.ready().jobs.submit([submission])
-        if isinstance(placed, KeyConflict):
-            raise placed
+        with self.admit(prepared) as place:
+            [[placed]] = self.jobs.submit([submission])
+            if isinstance(placed, KeyConflict):
+                raise placed
+            place.stored(0 if placed.existed else 1)
+        place.close()
         future.set_result(placed)
         self.wake(prepared.version.name)
         return future
@@ -247,7 +255,8 @@ class InlineCore(Core):
             last = isinstance(error, InvalidInput) or job.failures + 1 >= claim.max_attempts
             text = "".join(traceback.format_exception(error))
             told = orjson.dumps({"type": type(error).__name__, "message": str(error), "traceback": text})
-            return Outcome(job.id, claim.chunk, claim.token, End.FAILED if last else End.OPEN, error=told)
+            end, wait = (End.FAILED, 0.0) if last else (End.OPEN, _wait(claim, job))
+            return Outcome(job.id, claim.chunk, claim.token, end, error=told, retry_in=wait)
         stored = store_large(self.artifacts, output, job_path(job.id, "output"), self.settings.inline_limit)
         return Outcome(job.id, claim.chunk, claim.token, End.SUCCEEDED, output=stored)
 
@@ -268,9 +277,9 @@ class InlineCore(Core):
             told = {"metrics": metrics, "steps": epochs, "epochs": epochs, "best_step": epochs, "tensorboard": None}
             done = writer.complete(new, lambda version: values.encode({"model": version.ref, **told})) is not None
         except Exception as error:
-            last = isinstance(error, InvalidInput)
+            wait = None if isinstance(error, InvalidInput) else _wait(claim, job)
             text = "".join(traceback.format_exception(error))
-            writer.fail(JobError(type(error).__name__, str(error), text), retry_in=None if last else 0.0)
+            writer.fail(JobError(type(error).__name__, str(error), text), retry_in=wait)
             return True
         self.forget_models()
         return done
@@ -291,6 +300,10 @@ class InlineCore(Core):
     def input_digest(self, row: JobRow) -> bytes:
         """What `values.digest` says of a job's input."""
         return values.digest(values.encode(self.decode(row.input)))
+
+
+def _wait(claim: Claimed, job: ClaimedJob) -> float:
+    return claim.backoff.wait(job.failures, lambda _, longest: longest) if claim.backoff is not None else 0.0
 
 
 class _InlineCompletions(Completions):

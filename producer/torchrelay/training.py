@@ -56,7 +56,7 @@ _PARAMETERS: dict[tuple[str, ...], str] = {  # of `train`, by their place in a R
 _OPTIONS = (
     *("dataset", "validation", "split", "split_column", "stratify", "seed", "devices", "precision", "deterministic"),
     *("checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "promote", "priority", "key", "delay"),
-    *("not_before", "expires_in", "timeout", "max_attempts", "metadata", "tenant", "session"),
+    *("not_before", "expires_in", "timeout", "max_attempts", "backoff", "metadata", "tenant", "session"),
 )
 _NO_DATASET = Dataset(uri="", format="csv")  # while the rest of a spec is checked
 

@@ -16,6 +16,7 @@ from torchrelay_storage.ids import Kind
 
 if TYPE_CHECKING:
     from torchrelay.core import Core
+    from torchrelay_storage.options import Backoff
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -64,6 +65,8 @@ Model = Annotated[
 ]
 Id = Annotated[str, typer.Argument(help="Id of a job or training run (j_…), or of a batch (b_…).", metavar="ID")]
 
+BACKOFF_EXAMPLE = "seconds=2,factor=3,longest=60,jitter=false"
+
 # The options of a job, shared by submit and batch.
 Priority = Annotated[int, typer.Option("--priority", "-p", help="0 to 9, 9 the most urgent.")]
 Key = Annotated[str | None, typer.Option(help="The same key and input give the same job, in whatever state.")]
@@ -74,6 +77,14 @@ NotBefore = Annotated[
 ExpiresIn = Annotated[float | None, typer.Option(help="Seconds within which it must have started.", metavar="SECONDS")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that its device batch may take.", metavar="SECONDS")]
 MaxAttempts = Annotated[int, typer.Option(help="How often it may fail.")]
+BackoffWords = Annotated[
+    str | None,
+    typer.Option(
+        "--backoff",
+        help=f"The wait between its tries, such as {BACKOFF_EXAMPLE}; default: the model's.",
+        metavar="NAME=VALUE,…",
+    ),
+]
 Metadata = Annotated[str | None, typer.Option(help="A JSON object of your own, or @file.json.", metavar="JSON")]
 Tenant = Annotated[str, typer.Option(help="Who shares the workers fairly with other tenants.")]
 Wait = Annotated[bool, typer.Option("--wait", "-w", help="Wait until it has ended.")]
@@ -103,6 +114,37 @@ def point_in_time(text: str | None) -> float | None:
         raise InvalidInput(
             f"--not-before must be a time such as 2026-05-17T08:30, or seconds since 1970, not {text!r}"
         ) from None
+
+
+def backoff_of(text: str | None) -> Backoff | None:
+    """Return the backoff that is written as NAME=VALUE,…; the submit checks its values. Raises InvalidInput."""
+    if text is None:
+        return None
+    from torchrelay.retries import PARTS
+    from torchrelay_storage.options import Backoff
+
+    found: dict[str, float | bool] = {}
+    for word in text.split(","):
+        name, given, value = (part.strip() for part in word.partition("="))
+        if not given or name not in PARTS:
+            raise InvalidInput(f"--backoff is written as {BACKOFF_EXAMPLE}, or some of it, not {text!r}")
+        if name in found:
+            raise InvalidInput(f"--backoff has {name} twice: {text!r}")
+        found[name] = _true_or_false(value) if name == "jitter" else _number(name, value)
+    return Backoff(**found)  # type: ignore[arg-type]  # a bool is jitter's
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise InvalidInput(f"--backoff: jitter is true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidInput(f"--backoff: {name} must be a number, not {text!r}") from None
 
 
 def road_is_open(core: Core, screen: Screen) -> bool:

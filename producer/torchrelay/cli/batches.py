@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from torchrelay.cli.arguments import (
+    BackoffWords,
     Delay,
     ExpiresIn,
     MaxAttempts,
@@ -20,6 +21,7 @@ from torchrelay.cli.arguments import (
     Timeout,
     Wait,
     WaitLimit,
+    backoff_of,
     point_in_time,
     road_is_open,
 )
@@ -45,27 +47,32 @@ def batch(
     expires_in: ExpiresIn = None,
     timeout: Timeout = None,
     max_attempts: MaxAttempts = 3,
+    backoff: BackoffWords = None,
     metadata: Metadata = None,
     tenant: Tenant = "",
     wait: Wait = False,
     wait_limit: WaitLimit = None,
     _json: Json = False,
 ) -> None:
-    """Submit a batch, a job for each line, and print its id; with --wait, what became of it."""
+    """Submit a batch, a job for each line, and print its id; with --wait, what became of it.
+
+    Where the queue is full it stops, and exits with 3: what is stored by then runs, and the same again with the same
+    --key goes on there.
+    """
     from torchrelay.cli.documents import counts_document
     from torchrelay.cli.inputs import lines, read_object
 
     session = Session.of(ctx)
     screen = session.screen
-    described = read_object(metadata, "--metadata")
+    described, waits = read_object(metadata, "--metadata"), backoff_of(backoff)
     with session.relay() as relay:
         with lines(file) as (values, total), screen.progress("stored", total) as bar:
             stream = _Stream(values, bar)
             try:
                 submitted = relay.submit_batch(
                     model, stream, priority=priority, key=key, delay=delay, not_before=point_in_time(not_before),
-                    expires_in=expires_in, timeout=timeout, max_attempts=max_attempts, metadata=described,
-                    tenant=tenant,
+                    expires_in=expires_in, timeout=timeout, max_attempts=max_attempts, backoff=waits,
+                    metadata=described, tenant=tenant,
                 )  # fmt: skip
             except InvalidInput:
                 if stream.taken:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from torchrelay.cli.output import facts, moment, short, span, table
+from torchrelay_storage.attempts import Attempt
 from torchrelay_storage.batch_store import BatchRow, Counts
 from torchrelay_storage.fleet import WorkerRow
 from torchrelay_storage.ids import Kind, show
@@ -28,7 +29,9 @@ def job_document(row: JobRow) -> dict[str, Any]:
         "kind": kind_word(row),
         "state": row.state.value,
         "model": model_of(row),
-        **({"recipe": recipe_of(row), "version": row.trained} if row.trains is not None else {}),
+        **({"recipe": recipe_of(row)} if row.trains is not None else {}),
+        "version": row.version if row.trains is None else row.trained,
+        "handler_revision": row.handler_revision,
         "batch": _batch_id(row.batch),
         "priority": row.priority,
         "failures": row.failures,
@@ -84,25 +87,64 @@ def job_facts(row: JobRow) -> Table:
         ("expires", moment(row.expires_at)),
         ("finished", f"{moment(row.finished_at)}, {span(took)} after the submit" if took is not None else None),
         ("worker", row.worker),
+        ("handler", f"revision {row.handler_revision}" if row.handler_revision is not None else None),
         ("error", f"{row.error.type}: {row.error.message}" if row.error else None),
         ("traceback", row.error.traceback if row.error else None),
     ])  # fmt: skip
 
 
+def attempt_document(attempt: Attempt) -> dict[str, Any]:
+    """Return a try of a job as JSON shows it."""
+    error = attempt.error
+    return {
+        "number": attempt.number, "outcome": attempt.outcome, "worker": attempt.worker,
+        "started_at": moment(attempt.started_at), "ended_at": moment(attempt.ended_at),
+        "error": {"type": error.type, "message": error.message, "traceback": error.traceback} if error else None,
+        "worker_ended": attempt.worker_ended,
+    }  # fmt: skip
+
+
+def attempts_shown(attempts: Sequence[Attempt]) -> list[object]:
+    """Return the tries of a job as a table, with an empty line before it; nothing where there is none."""
+    if not attempts:
+        return []
+    columns = ["attempt", "started", "took", "worker", "outcome", "error"]
+    cells = [
+        [a.number, moment(a.started_at),
+         span(a.ended_at - a.started_at) if a.ended_at is not None and a.started_at is not None else None,
+         a.worker, f"{a.outcome}, {a.worker_ended}" if a.outcome == "lost" and a.worker_ended else a.outcome,
+         short(f"{a.error.type}: {a.error.message}", 96) if a.error else None]
+        for a in attempts
+    ]  # fmt: skip
+    if not any(a.error for a in attempts):
+        columns, cells = columns[:-1], [row[:-1] for row in cells]
+    return ["", table(columns, cells, numbers=("attempt", "started", "took"))]
+
+
 def jobs_table(rows: Sequence[JobRow], now: float) -> Table:
-    """Return jobs as a table. `now` is seconds since 1970 on the database's clock."""
-    columns = ["id", "state", "model", "kind", "priority", "age", "took", "batch", "error"]
+    """Return jobs as a table. `now` is seconds since 1970 on the database's clock.
+
+    Where all of them failed, this is the dead letters: more of the error is shown.
+    """
+    columns = ["id", "state", "model", "kind", "priority", "age", "took", "attempts", "batch", "error"]
+    width = 96 if all(row.state is JobState.FAILED for row in rows) else 48
     cells = [
         [show(Kind.JOB, row.id), row.state.value, model_of(row), kind_word(row), row.priority,
          span(now - row.created_at),
          span(row.finished_at - row.created_at) if row.finished_at is not None else None,
-         _batch_id(row.batch), short(f"{row.error.type}: {row.error.message}", 48) if row.error else None]
+         f"{row.failures} of {row.max_attempts}" if row.failures else None,
+         _batch_id(row.batch), short(f"{row.error.type}: {row.error.message}", width) if row.error else None]
         for row in rows
     ]  # fmt: skip
-    used = [i for i, name in enumerate(columns) if name not in ("batch", "error") or any(c[i] for c in cells)]
+    optional = ("attempts", "batch", "error")
+    used = [i for i, name in enumerate(columns) if name not in optional or any(c[i] for c in cells)]
     if all(row.trains is None for row in rows):
         used.remove(columns.index("kind"))
-    return table([columns[i] for i in used], ([c[i] for i in used] for c in cells), numbers=("priority", "age", "took"))
+    return table(
+        [columns[i] for i in used],
+        ([c[i] for i in used] for c in cells),
+        numbers=("priority", "age", "took", "attempts"),
+    )
 
 
 def batch_document(row: BatchRow, counts: Counts) -> dict[str, Any]:
@@ -174,7 +216,7 @@ def model_document(row: ModelRow, workers: Iterable[str]) -> dict[str, Any]:
     """Return a model as JSON shows it; `workers` are the names of those that serve it."""
     return {
         **version_document(row.newest), "versions": row.versions, "waiting": row.waiting, "running": row.running,
-        "workers": list(workers),
+        "max_queued": row.newest.max_queued, "workers": list(workers),
     }  # fmt: skip
 
 
@@ -184,19 +226,23 @@ def serving(models: Sequence[ModelRow], alive: Sequence[WorkerRow]) -> dict[str,
 
 
 def models_table(models: Sequence[ModelRow], served: Mapping[str, Sequence[str]]) -> Table:
-    """Return models as a table; what their newest versions measured has a column where one of them has it."""
+    """Return models as a table; aliases, limits and what was measured have a column where a model has them."""
     names = main_metrics([m.newest for m in models])
     rows = [
         [m.newest.ref, m.newest.handler, ", ".join(m.newest.aliases), "paused" if m.newest.paused else "",
          *(f"{m.newest.metrics[name]:.4g}" if name in m.newest.metrics else "" for name in names),
-         m.waiting, m.running, len(served[m.newest.name]), m.versions]
+         m.waiting, m.newest.max_queued, m.running, len(served[m.newest.name]), m.versions]
         for m in models
     ]  # fmt: skip
-    columns = ["model", "handler", "aliases", "", *names, "waiting", "running", "workers", "versions"]
-    if not any(m.newest.aliases for m in models):
-        columns.pop(2)
-        rows = [[*row[:2], *row[3:]] for row in rows]
-    return table(columns, rows, numbers=(*names, "waiting", "running", "workers", "versions"))
+    columns = ["model", "handler", "aliases", "", *names, "waiting", "at most", "running", "workers", "versions"]
+    empty: tuple[object, ...] = ("", None)
+    used = [
+        i
+        for i, column in enumerate(columns)
+        if column not in ("aliases", "at most") or any(row[i] not in empty for row in rows)
+    ]
+    numbers = (*names, "waiting", "at most", "running", "workers", "versions")
+    return table([columns[i] for i in used], ([row[i] for i in used] for row in rows), numbers=numbers)
 
 
 def main_metrics(versions: Iterable[ModelVersion], most: int = 3) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchrelay.cli.arguments import (
+    BackoffWords,
     Delay,
     ExpiresIn,
     Id,
@@ -21,6 +22,7 @@ from torchrelay.cli.arguments import (
     Timeout,
     Wait,
     WaitLimit,
+    backoff_of,
     complete_model,
     kind_of,
     point_in_time,
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from torchrelay.core import Core
 
 PANEL = "Jobs"
-RETRY_PAGE = 1_000  # jobs that `retry --state` looks at in one go
 
 
 def add(app: typer.Typer) -> None:
@@ -72,6 +73,7 @@ def submit(
     expires_in: ExpiresIn = None,
     timeout: Timeout = None,
     max_attempts: MaxAttempts = 3,
+    backoff: BackoffWords = None,
     metadata: Metadata = None,
     tenant: Tenant = "",
     wait: Wait = False,
@@ -83,12 +85,13 @@ def submit(
 
     session = Session.of(ctx)
     screen = session.screen
-    value, described = read_value(input_), read_object(metadata, "--metadata")
+    value, described, waits = read_value(input_), read_object(metadata, "--metadata"), backoff_of(backoff)
     with session.relay() as relay:
         core = core_of(relay)
         job = relay.submit(
             model, value, priority=priority, key=key, delay=delay, not_before=point_in_time(not_before),
-            expires_in=expires_in, timeout=timeout, max_attempts=max_attempts, metadata=described, tenant=tenant,
+            expires_in=expires_in, timeout=timeout, max_attempts=max_attempts, backoff=waits, metadata=described,
+            tenant=tenant,
         )  # fmt: skip
         if not wait and wait_limit is None:
             document = {"id": job.id, "state": job.state.value, "model": job.model}
@@ -115,7 +118,9 @@ def status(ctx: typer.Context, id_: Id, _json: Json = False) -> None:
             if row.trains is not None:
                 show_run(session, core, id_)
                 return
-            session.screen.show(documents.job_document(row), documents.job_facts(row))
+            tries = core.jobs.attempts(row.id)
+            document = documents.job_document(row) | {"attempts": [documents.attempt_document(a) for a in tries]}
+            session.screen.show(document, documents.job_facts(row), *documents.attempts_shown(tries))
         else:
             number = ids.read(Kind.BATCH, id_)
             batch, counts = core.batches.get(number), core.batches.counts(number)
@@ -163,6 +168,8 @@ def list_(
         session.screen.show(None, documents.jobs_table(rows, core.db.now()))
         if len(rows) == limit:
             session.screen.note(f"there may be more: --before {show(Kind.JOB, rows[-1].id)}")
+        if state == [JobState.FAILED]:
+            session.screen.note("`torchrelay retry --state failed` runs them again, `torchrelay retry j_…` one")
 
 
 def _list_batches(session: Session, model: str | None, limit: int, before: str | None) -> None:
@@ -215,20 +222,26 @@ def retry(
     which: Annotated[list[str] | None, typer.Argument(help="Ids of jobs or batches.", metavar="ID…")] = None,
     *,
     state: Annotated[
-        list[JobState] | None, typer.Option(help="Those in this state: failed, cancelled, expired.")
+        list[JobState] | None,
+        typer.Option(help="All in this state: failed (the default with the options below), cancelled, expired."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="With --state: of it only.", autocompletion=complete_model)] = None,
-    batch: Annotated[str | None, typer.Option(help="With --state: of this batch.", metavar="ID")] = None,
+    model: Annotated[str | None, typer.Option(help="Only of this model.", autocompletion=complete_model)] = None,
+    batch: Annotated[str | None, typer.Option(help="Only of this batch.", metavar="ID")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
     _json: Json = False,
 ) -> None:
-    """Run jobs again that ended without success: by id, the failed ones of a batch, or all in a state."""
+    """Run jobs again that ended without success: by id, the failed ones of a batch, or all that the options name.
+
+    They get all their attempts anew; `torchrelay status` goes on showing the earlier ones.
+    """
+    from torchrelay.retries import retry_where
+
     session = Session.of(ctx)
-    if bool(which) == bool(state):
-        raise InvalidInput("say which jobs: either ids, or --state failed (with --model or --batch, if you like)")
-    if (model or batch) and not state:
-        raise InvalidInput("--model and --batch go with --state; a batch's failed jobs: `torchrelay retry b_…`")
-    if bad := [word.value for word in state or () if word not in TERMINAL - {JobState.SUCCEEDED}]:
-        raise InvalidInput(f"--state {bad[0]}: only failed, cancelled and expired jobs can be retried")
+    wanted = bool(state or model or batch) or tenant is not None
+    if which and wanted:
+        raise InvalidInput("pass either ids, or options that say which jobs: --state, --model, --batch, --tenant")
+    if not which and not wanted:
+        raise InvalidInput("say which jobs: ids, or --state failed, which --model, --batch and --tenant narrow down")
     with session.core() as core:
 
         def one(number: int) -> int:
@@ -240,7 +253,10 @@ def retry(
         if which:
             counts = _each(core, which, one, of_batch)
         else:
-            counts = {word.value: _retry_all(core, word, model, batch) for word in state or ()}
+            counts = {
+                word.value: retry_where(core, state=word, model=model, batch=batch, tenant=tenant)
+                for word in dict.fromkeys(_retriable(state))
+            }
         if any(counts.values()):
             road_is_open(core, session.screen)
     total = sum(counts.values())
@@ -269,11 +285,8 @@ def _each(core: Core, which: list[str], job: Callable[[int], int], batch: Callab
     return {text: job(numbers[text]) if text in jobs else batch(numbers[text]) for text in numbers}
 
 
-def _retry_all(core: Core, state: JobState, model: str | None, batch: str | None) -> int:
-    """Page through what is in this state and retry it: below the last id, so that what fails again is not met again."""
-    count, before = 0, None
-    while rows := core.page(state=[state], model=model, batch=batch, tenant=None, limit=RETRY_PAGE, before=before):
-        count += core.tell(core.jobs.retry([row.id for row in rows]))
-        core.wake_many({row.model for row in rows})
-        before = show(Kind.JOB, rows[-1].id)
-    return count
+def _retriable(states: list[JobState] | None) -> list[JobState]:
+    """The states that are asked for, all of them checked before anything is done."""
+    if bad := [word.value for word in states or () if word not in TERMINAL - {JobState.SUCCEEDED}]:
+        raise InvalidInput(f"--state {bad[0]}: only failed, cancelled and expired jobs can be retried")
+    return states or [JobState.FAILED]

@@ -113,6 +113,26 @@ def check(
         raise typer.Exit(done.returncode if done.returncode in (1, 2, 3) else ExitCode.FAILED)
 
 
+@group.command()
+def limit(
+    ctx: typer.Context,
+    name: Model,
+    jobs: Annotated[
+        str, typer.Argument(help="How many may wait before submits are refused, or none.", metavar="N|none")
+    ],
+    _json: Json = False,
+) -> None:
+    """Limit how many jobs of a model may wait: a submit of more is refused, and told when to try again."""
+    session = Session.of(ctx)
+    if jobs != "none" and not jobs.isdecimal():
+        raise InvalidInput(f"a limit is a whole number of jobs, or none, not {jobs!r}")
+    most = None if jobs == "none" else int(jobs)
+    with session.relay() as relay:
+        relay.limit_model(name, most)
+    said = "any number of jobs of" if most is None else f"at most {most:,} jobs of"
+    session.screen.show({"model": name, "max_queued": most}, f"{said} {name} may wait")
+
+
 def pause(
     ctx: typer.Context,
     what: Annotated[

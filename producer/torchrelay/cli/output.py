@@ -152,7 +152,7 @@ class Screen:
         hint = next_step(error)
         if self.as_json:
             report = {"type": type(error).__name__, "message": str(error)}
-            for name in ("job", "kind", "key", "retry_after"):
+            for name in ("job", "kind", "key", "retry_after", "batch", "stored"):
                 if (value := getattr(error, name, None)) is not None:
                     report[name] = value
             if hint:

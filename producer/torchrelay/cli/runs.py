@@ -151,12 +151,17 @@ def find_run(core: Core, text: str) -> tuple[RunRow, JobRow]:
 def show_run(session: Session, core: Core, text: str) -> None:
     """Print everything about one run."""
     from torchrelay.cli import curves
+    from torchrelay.cli.documents import attempt_document, attempts_shown
     from torchrelay.cli.run_documents import checkpoint_document, run_document, run_facts
 
     run, job = find_run(core, text)
     latest, checkpoints = curves.newest(curves.curves_of(core.runs.metrics(run.job))), core.runs.checkpoints(run.job)
-    document = run_document(run, job, latest) | {"checkpoints": [checkpoint_document(row) for row in checkpoints]}
-    session.screen.show(document, run_facts(run, job, latest, checkpoints))
+    tries = core.jobs.attempts(run.job)
+    document = run_document(run, job, latest) | {
+        "checkpoints": [checkpoint_document(row) for row in checkpoints],
+        "attempts": [attempt_document(a) for a in tries],
+    }
+    session.screen.show(document, run_facts(run, job, latest, checkpoints), *attempts_shown(tries))
 
 
 def list_runs(session: Session, model: str | None, states: list[JobState], limit: int, before: str | None) -> None:

@@ -157,7 +157,7 @@ def need_torch() -> None:
 
 def workers(
     ctx: typer.Context,
-    every: Annotated[bool, typer.Option("--all", help="Also those that have ended or fell silent.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also those that have ended, and how, or fell silent.")] = False,
     _json: Json = False,
 ) -> None:
     """List the workers that are alive, with what they serve."""
@@ -167,11 +167,13 @@ def workers(
     with session.database() as database:
         found = [w for w in Fleet(database).workers(session.settings.stale_after) if every or w.alive]
     rows = [
-        (w.name, "alive" if w.alive else "ended" if w.stopped_at else "silent", w.device, f"{w.host}/{w.pid}",
-         ", ".join(w.models) if w.models is not None else "all", span(w.beat_age))
+        [w.name, "alive" if w.alive else "ended" if w.stopped_at else "silent", w.device, f"{w.host}/{w.pid}",
+         ", ".join(w.models) if w.models is not None else "all", span(w.beat_age), w.ended]
         for w in found
     ]  # fmt: skip
-    columns = ("worker", "state", "device", "host/pid", "models", "last beat")
+    columns = ["worker", "state", "device", "host/pid", "models", "last beat", "how it ended"]
+    if not any(w.ended for w in found):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     if found or session.as_json:
         session.screen.show([worker_document(w) for w in found], table(columns, rows, numbers=("last beat",)))
     else:
@@ -185,7 +187,8 @@ def worker_document(row: WorkerRow) -> dict[str, Any]:
     return {
         "id": ids.show(ids.Kind.WORKER, row.id), "name": row.name, "alive": row.alive, "device": row.device,
         "host": row.host, "pid": row.pid, "models": row.models, "started_at": moment(row.started_at),
-        "beat_at": moment(row.beat_at), "stopped_at": moment(row.stopped_at), "stats": dict(row.stats),
+        "beat_at": moment(row.beat_at), "stopped_at": moment(row.stopped_at), "ended": row.ended,
+        "stats": dict(row.stats),
     }  # fmt: skip
 
 

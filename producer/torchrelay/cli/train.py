@@ -10,6 +10,7 @@ import orjson
 import typer
 
 from torchrelay.cli.arguments import (
+    BackoffWords,
     Delay,
     ExpiresIn,
     Key,
@@ -20,6 +21,7 @@ from torchrelay.cli.arguments import (
     Tenant,
     Wait,
     WaitLimit,
+    backoff_of,
     complete_model,
     complete_recipe,
     point_in_time,
@@ -95,6 +97,7 @@ def train(
     expires_in: ExpiresIn = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds that the run may take.", metavar="SECONDS")] = None,
     max_attempts: MaxAttempts = 3,
+    backoff: BackoffWords = None,
     metadata: Metadata = None,
     tenant: Tenant = "",
     wait: Wait = False,
@@ -114,7 +117,7 @@ def train(
     screen = session.screen
     if model.startswith("-"):
         raise InvalidInput(f"the model's name comes first, then the options: torchrelay train NAME {model} …")
-    described = read_object(metadata, "--metadata")
+    described, waits = read_object(metadata, "--metadata"), backoff_of(backoff)
     with session.relay() as relay:
         words, known = pairs(ctx.args), properties(relay, recipe)
         parameters = {name: value_of(name, text, known) for name, text in words.items()}
@@ -124,7 +127,8 @@ def train(
             checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes,
             keep_checkpoints=keep_checkpoints, promote=promote, priority=priority, key=key, delay=delay,
             not_before=point_in_time(not_before), expires_in=expires_in, timeout=timeout,
-            max_attempts=max_attempts, metadata=described, tenant=tenant, hyperparameters=parameters,
+            max_attempts=max_attempts, backoff=waits, metadata=described, tenant=tenant,
+            hyperparameters=parameters,
         )  # fmt: skip
         if not wait and wait_limit is None:
             document = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torchrelay_storage.artifacts import Artifacts, job_path, load_large, store_
 from torchrelay_storage.chunk_store import ChunkStore, Claimed
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
+from torchrelay_storage.job_error import JobError, encode_error
 from torchrelay_storage.job_store import JobStore, Outcome
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.run_writer import NewVersion, Order, Point, Progress, RunHold, RunWriter
@@ -73,6 +75,40 @@ class ThreadWorker:
         self._thread.join()
         self.broker.close()
         self.database.dispose()
+
+
+class HandWorker:
+    """A worker by hand: takes the next chunk of any model, and records what it is told of its jobs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.database = Database(settings.database_url)
+        self.fleet = Fleet(self.database)
+        self.worker = self.fleet.register("w1", host="here", pid=1, device="cpu").id
+        self.chunks, self.jobs, self.registry = (
+            ChunkStore(self.database), JobStore(self.database), Registry(self.database),
+        )  # fmt: skip
+
+    def take(self) -> Claimed:
+        """Claim the next chunk."""
+        lanes = [lane.model for lane in self.registry.lanes()]
+        models = [row.newest.model for row in self.registry.models()]
+        for _ in range(200):  # the relay's announcer may hold the chunk's lock for a moment
+            if claims := self.chunks.claim_next(models + lanes, self.worker, 1):
+                return claims[0]
+            time.sleep(0.02)
+        raise AssertionError("there is nothing to claim")
+
+    def end(self, claim: Claimed, end: End, words: str = "no luck") -> None:
+        """Record how the jobs of a chunk ended."""
+        error = encode_error(JobError("ValueError", words, "tb")) if end is not End.SUCCEEDED else None
+        output = values.encode(1) if end is End.SUCCEEDED else None
+        outcomes = [Outcome(job.id, claim.chunk, claim.token, end, output, error) for job in claim.jobs]
+        assert self.jobs.finish(outcomes, self.worker).recorded == len(claim.jobs)
+
+    def run(self, *ends: End, words: str = "no luck") -> None:
+        """Take as many chunks, and let the jobs of each end so. OPEN: to be tried again at once."""
+        for end in ends:
+            self.end(self.take(), end, words)
 
 
 class Trainer:
@@ -142,6 +178,26 @@ def relay(sqlite_settings: Settings) -> Iterator[Relay]:
 def work(sqlite_settings: Settings) -> Callable[..., ThreadWorker]:
     """`work(function)` returns a worker to be entered by `with`."""
     return lambda run, **options: ThreadWorker(sqlite_settings, run, **options)
+
+
+@pytest.fixture
+def hands() -> Iterator[Callable[[Settings], HandWorker]]:
+    """`hands(settings)` returns a worker by hand on that system."""
+    made: list[HandWorker] = []
+
+    def make(settings: Settings) -> HandWorker:
+        made.append(HandWorker(settings))
+        return made[-1]
+
+    yield make
+    for hand in made:
+        hand.database.dispose()
+
+
+@pytest.fixture
+def hand(sqlite_settings: Settings, hands: Callable[[Settings], HandWorker]) -> HandWorker:
+    """A worker by hand on the same system as `relay`."""
+    return hands(sqlite_settings)
 
 
 @pytest.fixture

@@ -130,12 +130,24 @@ def test_lost_messages_come_again_when_the_queue_is_empty(system: System, monkey
     assert system.announcer.announce_again("digits") == 0  # not lost: they wait
 
 
-def test_what_lies_long_is_announced_again_by_age(sqlite_settings: Settings) -> None:
-    system = System(sqlite_settings.model_copy(update={"announce_again": 0.05}))
-    system.submit(3)
-    system.announcer.announce("digits")
-    wait_until(lambda: system.announcer.announce_again("digits") == 3, 5)
-    assert system.sent() == {5: 6}
+def test_of_a_queue_that_is_not_empty_only_what_is_missing_is_sent_again(sqlite_settings: Settings) -> None:
+    system = System(sqlite_settings.model_copy(update={"announce_again": 0.2}))
+    system.submit(6)
+    assert system.announcer.announce("digits") == 4
+    kept = system.broker.waiting(QUEUE)
+    assert len(kept) == 4
+    assert system.announcer.announce_again("digits") == 0, "too young"
+    system.broker.redis.rpop(f"{QUEUE}{SEPARATOR}4")
+    system.broker.redis.lpush(QUEUE, b"not one of ours")
+    [lost] = kept - system.broker.waiting(QUEUE)
+    wait_until(lambda: system.announcer.announce_again("digits") == 1, 5)
+    assert system.broker.waiting(QUEUE) == kept, f"{lost} is there again"
+    for _ in range(3):
+        time.sleep(0.25)
+        assert system.announcer.announce_again("digits") == 0, "all that is announced is there, however old"
+    assert system.sent() == {5: 4, 9: 1}
+    system.broker.close()
+    system.db.dispose()
 
 
 def test_a_lane_of_training_runs_is_announced_and_does_not_fill_redis(sqlite_settings: Settings) -> None:

@@ -13,10 +13,10 @@ from torchrelay.testing import AsyncInlineRelay, InlineRelay
 from torchrelay_storage import errors
 
 PUBLIC = {
-    "AsyncBatch", "AsyncJob", "AsyncRelay", "AsyncRun", "Batch", "BatchNotFound", "Corrupt", "Counts", "InvalidDataset",
-    "InvalidHyperparameter", "InvalidInput", "Job", "JobCancelled", "JobExpired", "JobFailed", "JobNotFound",
-    "JobState", "KeyConflict", "ModelNotFound", "NotFound", "QueueFull", "RecipeNotFound", "Relay", "RelayError", "Run",
-    "SchemaMismatch", "Settings", "Unreachable", "WaitTimeout",
+    "AsyncBatch", "AsyncJob", "AsyncRelay", "AsyncRun", "Attempt", "Backoff", "Batch", "BatchNotFound", "Corrupt",
+    "Counts", "InvalidDataset", "InvalidHyperparameter", "InvalidInput", "Job", "JobCancelled", "JobExpired",
+    "JobFailed", "JobNotFound", "JobState", "KeyConflict", "ModelNotFound", "NotFound", "QueueFull", "RecipeNotFound",
+    "Relay", "RelayError", "Run", "SchemaMismatch", "Settings", "StorageFull", "Unreachable", "WaitTimeout",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
 from torchrelay import (
+    Backoff,
     InvalidDataset,
     InvalidHyperparameter,
     InvalidInput,
@@ -84,6 +85,79 @@ def test_failures_are_retried_and_told(inline_relay: InlineRelay) -> None:
     inline_relay.add_model("odd", lambda value: object())
     with pytest.raises(JobFailed, match="cannot be stored"):
         inline_relay.submit("odd", 1).result()
+
+
+def test_a_backoff_waits_for_the_clock(inline_relay: InlineRelay) -> None:
+    calls: list[Any] = []
+
+    def flaky(value: Any) -> Any:
+        calls.append(value)
+        if len(calls) < 3:
+            raise ValueError("not yet")
+        return "done"
+
+    inline_relay.add_model("flaky", flaky)
+    job = inline_relay.submit("flaky", 1, backoff=Backoff(seconds=2, factor=3))
+    assert job.state is JobState.RETRYING
+    assert inline_relay.advance(1.9) == 0
+    with pytest.raises(WaitTimeout, match="retrying"):
+        job.result()
+    assert inline_relay.advance(0.2) == 1
+    assert inline_relay.advance(5.9) == 0
+    assert inline_relay.advance(0.2) == 1
+    assert job.result() == "done"
+    assert [(a.number, a.outcome, a.worker) for a in job.attempts()] == [
+        (1, "failed", "inline"), (2, "failed", "inline"), (3, "succeeded", "inline"),
+    ]  # fmt: skip
+    with pytest.raises(InvalidInput, match="no 'second'"):
+        inline_relay.submit("flaky", 1, backoff={"second": 2})
+
+
+def test_retry_by_a_filter(inline_relay: InlineRelay) -> None:
+    broken = True
+
+    def mends(value: Any) -> Any:
+        if broken:
+            raise ValueError("broken")
+        return value
+
+    inline_relay.add_model("mends", mends)
+    jobs = [inline_relay.submit("mends", i, max_attempts=2) for i in range(3)]
+    assert {job.state for job in jobs} == {JobState.FAILED}
+    assert inline_relay.retry(model="mends") == 3  # each once, though they all fail again
+    assert {job.refresh().state for job in jobs} == {JobState.FAILED}
+    broken = False
+    assert inline_relay.retry(state="failed") == 3
+    assert [job.result() for job in jobs if job.refresh()] == [0, 1, 2]
+    assert inline_relay.retry(state="failed") == 0
+    assert [a.outcome for a in jobs[0].attempts()] == ["failed"] * 4 + ["succeeded"]
+
+    async def twin() -> None:
+        async with AsyncInlineRelay({"double": lambda value: value * 2}) as relay:
+            job = await relay.submit("double", 1, backoff={"seconds": 1})
+            assert [a.outcome for a in await job.attempts()] == ["succeeded"]
+            assert await relay.retry(state="failed") == 0
+
+    asyncio.run(twin())
+
+
+def test_a_run_waits_out_its_backoff(inline_relay: InlineRelay) -> None:
+    tries: list[RunSpec] = []
+
+    def train(spec: RunSpec) -> Mapping[str, float]:
+        tries.append(spec)
+        if len(tries) == 1:
+            raise ValueError("not yet")
+        return {"accuracy": 1.0}
+
+    inline_relay.add_recipe("mine", train)
+    columns = {"x": [1.0, 2.0], "y": [0, 1]}
+    run = inline_relay.train("new", recipe="mine", dataset=columns, backoff={"seconds": 5, "jitter": False})
+    assert run.state is JobState.RETRYING
+    assert inline_relay.advance(4) == 0
+    assert inline_relay.advance(2) == 1
+    assert run.refresh().state is JobState.SUCCEEDED
+    assert [a.outcome for a in run.attempts()] == ["failed", "succeeded"]
 
 
 def test_batches(inline_relay: InlineRelay) -> None:
