@@ -12,7 +12,7 @@ ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test chaos lint bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ test: $(VENV)/.installed-all ## run all tests and report coverage; ARGS="tests/u
 	@rm -f .coverage .coverage.*
 	HF_HUB_OFFLINE=1 $(BIN)/coverage run -m pytest -n $(JOBS) --dist worksteal $(ARGS); code=$$?; \
 	$(BIN)/coverage combine -q && $(BIN)/coverage report --skip-covered --sort=cover; exit $$code
+
+# A fresh seed is drawn and printed; SEED=17 replays a run. DATABASE is postgresql or sqlite.
+DATABASE ?= postgresql
+chaos: $(VENV)/.installed-all ## attack a whole system for minutes and check that nothing was lost; SEED=17 replays
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -m chaos --database $(DATABASE) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(VENV)/.installed-all ## style, formatting, types, and who may import whom
 	$(BIN)/ruff check
