@@ -2,6 +2,7 @@
 
 A test that takes `database_url`, `database`, `settings` or `worker` runs twice, on SQLite and on PostgreSQL;
 `@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)` runs it on one of them.
+TORCHRELAY_TEST_DATABASES=pgbouncer (or `sqlite,pgbouncer` and the like) reaches PostgreSQL through a PgBouncer.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from typing import Any
 import psutil
 import pytest
 
+from pgbouncer import PgBouncerServer
 from servers import PostgresServer, RedisServer, wait_until
 from torchrelay.settings import Settings
 from torchrelay_storage.database import Database
 from workers import WorkerProcess
 
 TEMPLATE = "torchrelay_template"
+
+# Kept under a name that no process of ours reads; the processes of pytest-xdist find it there.
+_DATABASES = "TESTS_OF_TORCHRELAY_DATABASES"
+os.environ[_DATABASES] = (
+    os.environ.get("TORCHRELAY_TEST_DATABASES") or os.environ.get(_DATABASES) or "sqlite,postgresql"
+)
+DATABASES = os.environ[_DATABASES].split(",")
 
 # No test may depend on who runs it; and nothing may be fetched from a hub.
 for _name in [name for name in os.environ if name.startswith("TORCHRELAY_")]:
@@ -45,6 +54,13 @@ def redis_server() -> Iterator[RedisServer]:
 def postgres_server() -> Iterator[PostgresServer]:
     """One PostgreSQL for all tests; a test may pause, kill or restart it."""
     with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer_server(postgres_server: PostgresServer) -> Iterator[PgBouncerServer]:
+    """One PgBouncer, in transaction mode, before the PostgreSQL of all tests."""
+    with PgBouncerServer(postgres_server.ensure()) as server:
         yield server
 
 
@@ -79,9 +95,12 @@ def _upgrade(url: str) -> None:
         database.dispose()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of a fresh database of our schema's newest revision: a SQLite file, then a PostgreSQL database."""
+    """The URL of a fresh database of our schema's newest revision: a SQLite file, then a PostgreSQL database.
+
+    Tests for PostgreSQL alone go through PgBouncer too where only that is asked for.
+    """
     if request.param == "sqlite":
         path = tmp_path / "torchrelay.db"
         shutil.copy(request.getfixturevalue("_sqlite_template"), path)
@@ -90,7 +109,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
         yield from _postgres_database(request, request.getfixturevalue("_postgres_template"))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=DATABASES)
 def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a fresh database without any table."""
     if request.param == "sqlite":
@@ -103,6 +122,8 @@ def _postgres_database(request: pytest.FixtureRequest, template: str) -> Iterato
     server: PostgresServer = request.getfixturevalue("postgres_server")
     name = f"test_{next(_numbers)}"
     url = server.ensure().create(name, template)
+    if request.param == "pgbouncer" or "postgresql" not in DATABASES:
+        url = request.getfixturevalue("pgbouncer_server").ensure().url(name)
     yield url
     server.ensure().drop(name)
 

