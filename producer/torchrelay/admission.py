@@ -20,7 +20,7 @@ from torchrelay_storage.registry import ModelVersion
 
 COUNT_SECONDS = 1.0  # for which a count is used again while it leaves room
 RECOUNT_SECONDS = 0.1  # and where only this client's own submits since then have filled it up: they may have run by now
-RECOUNT_SHARE = 20  # times as long as a count took: a count that is slow is not made often
+COUNT_SHARE, RECOUNT_SHARE = 5, 20  # times as long as a count took: one that is slow is not made often
 RATE_SECONDS = 60.0  # for which it is remembered how fast jobs left the queue
 
 RETRY_SECONDS = 5.0  # where it is not known how fast they do
@@ -74,6 +74,7 @@ class Gauge:
     def is_stale(self, wanted: int, seconds: float) -> bool:
         """Whether to count anew before so many more are admitted or refused."""
         age = self._clock() - self.counted_at
+        seconds *= max(1.0, COUNT_SHARE * self._took / COUNT_SECONDS)
         if self.room < wanted and self.stored > self._counted:
             return age >= min(seconds, max(RECOUNT_SECONDS, RECOUNT_SHARE * self._took))
         return age >= seconds
@@ -112,12 +113,12 @@ class Place:
     dropped.
     """
 
-    __slots__ = ("_gauges", "_lock", "count")
+    __slots__ = ("_admission", "_gauges", "count")
 
-    def __init__(self, count: int, gauges: tuple[Gauge, ...] = (), lock: threading.RLock | None = None) -> None:
+    def __init__(self, count: int, gauges: tuple[Gauge, ...] = (), admission: Admission | None = None) -> None:
         self.count = count
         self._gauges = gauges
-        self._lock = lock
+        self._admission = admission
 
     def stored(self, count: int | None = None) -> None:
         """So many of them are stored, or all."""
@@ -128,9 +129,9 @@ class Place:
         self._leave(self.count, stored=False)
 
     def _leave(self, count: int, *, stored: bool) -> None:
-        if self._lock is None or not count:
+        if self._admission is None or not count:
             return
-        with self._lock:
+        with self._admission.lock:  # in a forked child another than when the room was taken
             self.count -= count
             for gauge in self._gauges:
                 gauge.pending -= count
@@ -185,7 +186,7 @@ class Admission:
 
     def _reset(self) -> None:
         # A place may be given back by the garbage collector, in a thread that has the lock.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._gauges: dict[int | None, Gauge] = {}  # by the model's id; None: of all models
 
     def limits(self, version: ModelVersion) -> bool:
@@ -194,7 +195,7 @@ class Admission:
 
     def forget(self) -> None:
         """Count anew before the next job: a limit was changed."""
-        with self._lock:
+        with self.lock:
             for gauge in self._gauges.values():
                 gauge.counted_at = -math.inf
 
@@ -220,7 +221,7 @@ class Admission:
     def _admit(self, version: ModelVersion, most: int, least: int) -> Place:
         if not self.limits(version) or not most:
             return Place(most)
-        with self._lock:
+        with self.lock:
             gauges = self._counted(version, most)
             for model, gauge in gauges.items():
                 if gauge.room < least:
@@ -228,7 +229,7 @@ class Admission:
             count = int(min(most, *(gauge.room for gauge in gauges.values())))
             for gauge in gauges.values():
                 gauge.pending += count
-            return Place(count, tuple(gauges.values()), self._lock)
+            return Place(count, tuple(gauges.values()), self)
 
     def _counted(self, version: ModelVersion, wanted: int) -> dict[int | None, Gauge]:
         """The gauges that a version's jobs count in, as fresh as they need to be."""
@@ -255,10 +256,10 @@ def _full(version: ModelVersion, model: int | None, gauge: Gauge, wanted: int) -
     wait = gauge.retry_after(wanted)
     limit = gauge.limit or 0
     if model is None:
-        what = f"{gauge.queued:,} jobs of all models are queued, and the limit is {limit:,} (setting max_queued)"
+        what = f"the queue of all models has {gauge.queued:,} of at most {limit:,} jobs (setting max_queued)"
         more = "raise the limit"
     else:
-        what = f"{gauge.queued:,} jobs of model {version.name!r} are queued, and its limit is {limit:,}"
+        what = f"the queue of model {version.name!r} has {gauge.queued:,} of at most {limit:,} jobs"
         more = f"raise the limit (`torchrelay models limit {version.name} N`)"
     if wanted > limit:
         fewer = "submit fewer, or pass a generator, which is stored as far as there is room"

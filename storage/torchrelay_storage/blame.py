@@ -75,8 +75,9 @@ def blame(
         n for run in slices([one.job for one in lost])
         for n in connection.execute(_FAIL_ONCE, row | {"jobs": list(run)}).scalars()
     ]  # fmt: skip
-    wait = (backoff or DEFAULT_BACKOFF).wait(min(failures, default=1) - 1)
-    connection.execute(_WAIT, {"chunk": chunk, "at": now + wait})
+    if not final:  # else what is left of the chunk has nothing to wait for
+        wait = (backoff or DEFAULT_BACKOFF).wait(min(failures, default=1) - 1)
+        connection.execute(_WAIT, {"chunk": chunk, "at": now + wait})
 
 
 def count_death(connection: Connection, lost: Lost, now: float, error: JobError) -> bool:

@@ -131,7 +131,7 @@ class JobReader:
     def queued(self, model: int | None = None) -> int:
         """Return how many jobs of a model wait for a worker, delayed ones and retries too; None: of all models."""
         scope = (
-            "c.model = :model" if model is not None else "NOT (SELECT m.training FROM models m WHERE m.id = c.model)"
+            "c.model = :model" if model is not None else "c.model NOT IN (SELECT m.id FROM models m WHERE m.training)"
         )
         # One state at a time, so that an index finds them: those that are done may be a thousand times as many.
         of_state = f"""SELECT COALESCE(sum(c.size - c.succeeded - c.failed - c.cancelled - c.expired), 0)

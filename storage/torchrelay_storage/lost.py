@@ -42,12 +42,16 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class _Loss:
-    """What is said of a lost worker's jobs. `one_by_one`: its suspects were really running, so that they are few."""
+    """What is said of a lost worker's jobs.
+
+    `one_by_one`: its suspects were really running, so that they are few. `sure`: there is one, and it is the cause.
+    """
 
     error: JobError
     now: float
     timed_out: bool = False
     one_by_one: bool = False
+    sure: bool = False
 
 
 _COLUMNS = """c.id, c.batch, c.version, c.max_attempts, c.worker, c.alone, c.retrying, c.backoff,
@@ -129,7 +133,8 @@ class LostChunks:
 
         Jobs that it was not running wait again as if they had been handed back. Of those that it was running, each
         comes back by itself (in halves where they are many) and runs alone. One that was by itself and alone is to
-        blame: it fails once, of type WorkerLost, or for good with Timeout where it was ended for overrunning its limit.
+        blame: it fails once, of type WorkerLost, or for good with Timeout where it was ended for overrunning its limit;
+        the latter also where nothing else was running.
         Where nothing ran and a model was being loaded, all that waited for the model fail once.
 
         Args:
@@ -144,7 +149,11 @@ class LostChunks:
             if not rows:
                 return Moved()
             error = JobError("WorkerLost", f"{worker_name(connection, worker)}: {ended}")
-            loss = _Loss(error, now, evidence is not None and evidence.timed_out, one_by_one=evidence is not None)
+            loss = _Loss(error, now)
+            if evidence is not None:
+                # What ran by itself is what overran its limit. What crashes a process may lie elsewhere.
+                sure = evidence.timed_out and len(evidence.jobs) == 1 and not evidence.versions
+                loss = _Loss(error, now, evidence.timed_out, one_by_one=True, sure=sure)
             count = 0
             for row in rows:
                 jobs = list(connection.execute(_OPEN, {"chunk": row.id}).scalars())
@@ -180,7 +189,7 @@ class LostChunks:
             connection.execute(_FREE, {"chunk": row.id, "suspect": False})
         elif not suspects:
             connection.execute(_FREE, {"chunk": row.id, "suspect": False})
-        elif len(jobs) == 1 and row.alone:
+        elif loss.sure or (len(jobs) == 1 and row.alone):
             known = loss.error.message
             if loss.timed_out:
                 error = JobError("Timeout", f"a device batch of this job alone did not end within its limit ({known})")
@@ -188,7 +197,7 @@ class LostChunks:
                 error = JobError(loss.error.type, f"{known} while it ran this job, and nothing beside it")
             backoff = Backoff.decode(row.backoff) if row.backoff else None
             blame(connection, lost, loss.now, error, backoff=backoff, final=loss.timed_out)
-            connection.execute(_FREE, {"chunk": row.id, "suspect": True})
+            connection.execute(_FREE, {"chunk": row.id, "suspect": len(jobs) == 1})
         else:
             shared = JobError(loss.error.type, f"{loss.error.message} while it held this job and others")
             tries = [Try(job, row.id, encode_error(shared)) for job in suspects]

@@ -43,13 +43,10 @@ class Backoff:
 
     def wait(self, failures: int, draw: Callable[[float, float], float] = random.uniform) -> float:
         """Return the seconds until the next try of a job that has failed `failures` times before this one."""
-        limit = self.longest
-        if self.factor <= 1:
-            limit = min(limit, self.seconds)
-        elif self.seconds > 0 and failures * math.log(self.factor) < math.log(max(limit, 1e-9) / self.seconds):
-            limit = self.seconds * self.factor**failures
-        elif self.seconds <= 0:
-            limit = 0.0
+        try:
+            limit = min(self.longest, self.seconds * self.factor**failures)
+        except OverflowError:
+            limit = self.longest if self.seconds > 0 else 0.0
         return draw(0.0, limit) if self.jitter else limit
 
     def encode(self) -> str:

@@ -34,61 +34,59 @@ class JobRetries(JobReader):
 
     def retry(self, jobs: Sequence[int]) -> Moved:
         """Let those of these jobs that ended without success run again, with all their attempts and no deadline."""
-        moved = Moved()
-        for run in slices(list(jobs)):
-            moved += self._db.transact(lambda connection, run=run: self._start_over(connection, run), _is_done)[0]  # type: ignore[misc]
-        return moved
+        return self._again(jobs, tuple(JOB_MOVES["retry"][0]))
 
     def retry_batch(self, batch: int, ends: Sequence[End] = (End.FAILED,)) -> Moved:
-        """Let the jobs of a batch that ended in these ways run again."""
+        """Let the jobs of a batch that ended in these ways run again. What fails anew meanwhile is not met twice."""
         statement = text(
             "SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id "
-            "WHERE c.batch = :batch AND j.state IN :ends ORDER BY j.id LIMIT :limit"
+            "WHERE c.batch = :batch AND c.last_id > :after AND j.id > :after AND j.state IN :ends "
+            "ORDER BY j.id LIMIT :limit"
         ).bindparams(bindparam("ends", expanding=True))
-        wanted = [int(e) for e in ends if e in JOB_MOVES["retry"][0]]
-
-        def work(connection: Connection) -> Again:
-            scope = {"batch": batch, "ends": wanted, "limit": MAX_CHUNK}
-            found = list(connection.execute(statement, scope).scalars())
-            moved, made = Moved(), []
-            for run in slices(found):
-                some, new = self._start_over(connection, run)
-                moved += some
-                made += new
-            return moved, made
-
-        moved = Moved()
-        while wanted:
-            step, _ = self._db.transact(work, _is_done)
-            if step.count == 0:
-                break
-            moved += step
+        wanted = tuple(end for end in ends if end in JOB_MOVES["retry"][0])
+        scope = {"batch": batch, "ends": [int(end) for end in wanted], "limit": MAX_CHUNK}
+        moved, found = Moved(), [0]
+        while wanted and found:  # from the oldest up
+            row = scope | {"after": found[-1]}
+            found = self._db.query(lambda connection, row=row: list(connection.execute(statement, row).scalars()))  # type: ignore[misc]
+            moved += self._again(found, wanted)
         return moved
 
     def retry_where(self, wanted: JobFilter) -> Moved:
         """Let all jobs of a filter run again that ended without success. What fails anew meanwhile is not met twice."""
-        ends = tuple(s for s in wanted.states or RETRIABLE if s in RETRIABLE)
-        if not ends:
+        states = tuple(s for s in wanted.states or RETRIABLE if s in RETRIABLE)
+        if not states:
             return Moved()
+        ends = tuple(end for end in JOB_MOVES["retry"][0] if end.shown in states)
         moved, below = Moved(), None
         while True:  # from the newest down
             found = self._db.query(
-                lambda connection, below=below: newest(connection, replace(wanted, states=ends), SLICE, below)  # type: ignore[misc]
+                lambda connection, below=below: newest(connection, replace(wanted, states=states), SLICE, below)  # type: ignore[misc]
             )
             if not found:
                 return moved
-            moved += self.retry(found)
+            moved += self._again(found, ends)
             below = min(found)
 
-    def _start_over(self, connection: Connection, jobs: Sequence[int]) -> Again:
+    def _again(self, jobs: Sequence[int], ends: Sequence[End]) -> Moved:
+        moved = Moved()
+        for run in slices(list(jobs)):
+            moved += self._db.transact(
+                lambda connection, run=run: self._start_over(connection, run, ends),  # type: ignore[misc]
+                _is_done,
+            )[0]
+        return moved
+
+    def _start_over(self, connection: Connection, jobs: Sequence[int], ends: Sequence[End]) -> Again:
         now = self._db.clock(connection)
         batches = self._lock_homes(connection, jobs)
         statement = text(
             "SELECT j.id, j.chunk, c.model, c.priority, c.flow FROM jobs j JOIN chunks c ON c.id = j.chunk "
-            "WHERE j.id IN :jobs AND j.state IN (2, 3, 4) ORDER BY j.id"
-        ).bindparams(bindparam("jobs", expanding=True))
+            "WHERE j.id IN :jobs AND j.state IN :ends ORDER BY j.id"
+        ).bindparams(bindparam("jobs", expanding=True), bindparam("ends", expanding=True))
+        scope = {"jobs": list(jobs), "ends": [int(end) for end in ends]}
         groups: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
-        for row in connection.execute(statement, {"jobs": list(jobs)}):
+        for row in connection.execute(statement, scope):
             groups[row.chunk, row.model, row.priority, row.flow].append(row.id)
         turns: dict[tuple[int, int, int], int] = {}
         new_chunks: list[int] = []

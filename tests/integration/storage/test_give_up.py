@@ -266,6 +266,15 @@ def test_one_that_timed_out_alone_fails_for_good(scene: Scene) -> None:
     assert scene.outcomes(job) == ["lost", "failed"]
 
 
+def test_one_that_timed_out_with_nothing_beside_it_needs_no_second_proof(scene: Scene) -> None:
+    jobs = scene.submit(4, max_attempts=9)
+    scene.claim(jobs[0])
+    scene.die(evidence(jobs[1], timed_out=True))
+    assert [scene.row(job).state for job in jobs] == [JobState.QUEUED, JobState.FAILED, *[JobState.QUEUED] * 2]
+    assert scene.outcomes(jobs[1]) == ["failed"]
+    assert not scene.chunk(jobs[0]).suspect, "its mates were not running"
+
+
 def test_those_that_timed_out_together_run_again_one_by_one(scene: Scene) -> None:
     jobs = scene.submit(4)
     scene.claim(jobs[0])

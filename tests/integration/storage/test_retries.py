@@ -162,24 +162,46 @@ def test_many_in_slices(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {scene.row(job).state for job in jobs} == {JobState.QUEUED}
 
 
-def test_what_fails_anew_meanwhile_is_not_met_twice(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["filter", "batch"])
+def test_what_fails_anew_meanwhile_is_not_met_twice(scene: Scene, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
     """A worker that fails each job at once, between any two slices."""
     monkeypatch.setattr(retries, "SLICE", 3)
-    jobs = scene.submit(10)
+    monkeypatch.setattr(retries, "MAX_CHUNK", 3)
+    batch = BatchStore(scene.database).create(scene.version, Options()).id
+    jobs = scene.submit(10, batch=batch)
     end_all(scene, jobs)
-    whole, rounds = scene.jobs.retry, []
+    whole, rounds = scene.jobs._again, []
 
-    def retry(some: list[int]) -> Moved:
-        moved = whole(some)
+    def again(some: list[int], ends: tuple[End, ...]) -> Moved:
+        moved = whole(some, ends)
         rounds.append(sorted(some))
         assert len(rounds) < 20
         end_all(scene, list(some))
         return moved
 
-    monkeypatch.setattr(scene.jobs, "retry", retry)
-    assert scene.jobs.retry_where(JobFilter(states=(JobState.FAILED,))).count == 10
+    monkeypatch.setattr(scene.jobs, "_again", again)
+    if of == "filter":
+        moved = scene.jobs.retry_where(JobFilter(states=(JobState.FAILED,)))
+    else:
+        moved = scene.jobs.retry_batch(batch)
+    assert (moved.count, moved.batches) == (10, (batch,))
     assert sorted(job for some in rounds for job in some) == jobs
     assert all(scene.outcomes(job) == ["failed", "failed"] for job in jobs)
+
+
+def test_a_batch_by_how_its_jobs_ended(scene: Scene) -> None:
+    store = BatchStore(scene.database)
+    batch, other = (store.create(scene.version, Options()).id for _ in range(2))
+    failed, cancelled, elsewhere = (scene.submit(5, batch=b) for b in (batch, batch, other))
+    end_all(scene, failed)
+    end_all(scene, cancelled, End.CANCELLED)
+    end_all(scene, elsewhere)
+    assert scene.jobs.retry_batch(batch, (End.SUCCEEDED, End.OPEN)) == Moved()
+    assert scene.jobs.retry_batch(batch).count == 5
+    assert {scene.row(job).state for job in failed} == {JobState.QUEUED}
+    assert {scene.row(job).state for job in cancelled} == {JobState.CANCELLED}
+    assert scene.jobs.retry_batch(batch, (End.FAILED, End.CANCELLED)).count == 5
+    assert {scene.row(job).state for job in elsewhere} == {JobState.FAILED}
 
 
 def test_a_slice_whose_transaction_fails_changes_nothing_of_it(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,9 @@ class Stores(RuleBasedStateMachine):
             elif one.guilty:
                 self._lose(one.jobs, blamed=True, for_good=knows and timed_out)
                 suspected |= dict.fromkeys(one.jobs, True)
+            elif knows and timed_out and not loading and running and len(ran) == 1:  # nothing else overran its limit
+                self._lose(running, blamed=True, for_good=True)
+                suspected |= dict.fromkeys(one.jobs, one.suspect or len(one.jobs) == 1)
             else:
                 self._lose(running)
                 suspected |= {job: one.suspect or job in running for job in one.jobs}

@@ -48,7 +48,7 @@ def refused(work: Callable[[], Any]) -> QueueFull:
 def test_single_submits_stop_at_the_limit_and_go_on_when_it_is_lifted(digits: Relay) -> None:
     jobs = [digits.submit("double", n) for n in range(10)]
     full = refused(lambda: digits.submit("double", 10))
-    assert "10 jobs of model 'double' are queued" in str(full)
+    assert "the queue of model 'double' has 10 of at most 10 jobs" in str(full)
     assert full.retry_after > 0
     assert queued(digits) == 10
     time.sleep(1.1)
@@ -123,10 +123,14 @@ def test_the_limit_in_total(digits: Relay, settings: Settings) -> None:
     with Relay(settings=Settings.load(**chosen)) as relay:
         relay.submit_batch("double", range(8))
         relay.submit_batch("other", range(3))
-        assert "limit is 12 (setting max_queued)" in str(refused(lambda: relay.submit_batch("other", range(2))))
+        assert "has 11 of at most 12 jobs (setting max_queued)" in str(
+            refused(lambda: relay.submit_batch("other", range(2)))
+        )
         relay.submit("double", 0)
         refused(lambda: relay.submit("double", 0))
-        assert queued(relay) == 12
+        data = {"x": [1, 2, 3, 4], "y": ["a", "b", "a", "b"]}
+        relay.train("digits", recipe="tabular-classification", dataset=data, target="y")
+        assert queued(relay) == 12, "a training run is neither refused nor counted"
 
 
 # --- batches ----------------------------------------------------------------------------------------------

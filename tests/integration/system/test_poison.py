@@ -14,6 +14,7 @@ from torchrelay import Relay
 
 HANDLERS = {"poison": "integration.poison_models:Poison"}
 BRISK = {"TORCHRELAY_HEARTBEAT": "0.5", "TORCHRELAY_STALE_AFTER": "2.0"}
+ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 SOON = {"seconds": 0.0}  # no wait before the next try
 
 
@@ -25,6 +26,7 @@ def poison(relay: Relay, start: Callable[..., Any], how: str) -> Any:
     return worker
 
 
+@ON_POSTGRESQL
 @pytest.mark.parametrize(
     ("how", "known"), [("segfault", "SIGSEGV"), ("exit", "exit code 3"), ("killed", "SIGKILL"), ("cuda", "CUDA error")]
 )

@@ -189,7 +189,7 @@ def test_a_failover_to_an_empty_replica(switch: Switch, slow: Relay, start: Any,
 @ON_POSTGRESQL
 def test_what_waits_is_not_sent_again(quiet: Any, slow: Relay, redis_server: RedisServer, settings: Settings) -> None:
     """No worker takes the messages for longer than `announce_again`; all of them are still there."""
-    assert settings.announce_again <= 15
+    assert settings.announce_again <= 10
     batch = slow.submit_batch("slow", range(400))
     wait_until(lambda: depth(redis_server) > 0 and depth(redis_server) == announced(slow), 10, "a full window")
     window, sent = depth(redis_server), pushes(redis_server)

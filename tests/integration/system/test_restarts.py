@@ -17,6 +17,7 @@ from sqlalchemy import text
 from servers import wait_until
 from torchrelay import Relay, Unreachable
 
+ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 BRISK = {"TORCHRELAY_HEARTBEAT": "0.5", "TORCHRELAY_STALE_AFTER": "2.0"}
 
 
@@ -45,6 +46,7 @@ def suspend(relay: Relay, family: list[psutil.Process]) -> None:
     raise TimeoutError("they were in a transaction each time")
 
 
+@ON_POSTGRESQL
 def test_a_rolling_restart_of_four_workers_under_load(relay: Relay, start: Callable[..., Any], runs: Any) -> None:
     relay.register_model("slow", handler="slow", config={"seconds": 0.1}, chunk_size=16)
     workers = [start(name=f"w{i}", wait=False) for i in range(4)]
@@ -60,6 +62,7 @@ def test_a_rolling_restart_of_four_workers_under_load(relay: Relay, start: Calla
         assert connection.execute(text("SELECT count(*) FROM attempts")).scalar() == 0, "a hand-back is no try"
 
 
+@ON_POSTGRESQL
 def test_ten_restarts_spend_nothing(relay: Relay, start: Callable[..., Any]) -> None:
     relay.register_model("slow", handler="slow", config={"seconds": 600}, chunk_size=16)
     job = relay.submit("slow", 1, max_attempts=1)
@@ -73,6 +76,7 @@ def test_ten_restarts_spend_nothing(relay: Relay, start: Callable[..., Any]) -> 
     assert job.attempts() == []
 
 
+@ON_POSTGRESQL
 @pytest.mark.parametrize("how", ["twice", "grace"])
 def test_an_end_that_forward_cannot_hold_up(how: str, relay: Relay, start: Callable[..., Any]) -> None:
     relay.register_model("slow", handler="slow", config={"seconds": 600}, chunk_size=16)
@@ -117,6 +121,7 @@ def test_a_paused_worker_that_comes_back_writes_nothing_and_goes_on(
     assert again.wait(timeout=90).succeeded == 32, "it works again"
 
 
+@ON_POSTGRESQL
 def test_a_restart_under_the_old_name_strands_nothing(relay: Relay, start: Callable[..., Any], runs: Any) -> None:
     relay.register_model("slow", handler="slow", config={"seconds": 0.2}, chunk_size=8)
     first = start(name="same")
@@ -140,6 +145,7 @@ def test_recycling_loses_and_repeats_nothing(relay: Relay, start: Callable[..., 
     assert worker.process.poll() is None
 
 
+@ON_POSTGRESQL
 def test_whoever_is_left_does_everything(relay: Relay, start: Callable[..., Any], runs: Any) -> None:
     """The leader among them: announcing, rescue and the rest are any worker's to do."""
     relay.register_model("slow", handler="slow", config={"seconds": 0.05}, chunk_size=16)

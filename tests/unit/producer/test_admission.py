@@ -41,11 +41,13 @@ class Database:
         self.reads: list[int | None] = []
         self.keys: set[str] = set()
         self.error: Exception | None = None
+        self.took = 0.0
 
     def queued(self, model: int | None = None) -> int:
         self.reads.append(model)
         if self.error is not None:
             raise self.error
+        self.now += self.took
         return self.waiting.get(model, 0)
 
     def of_key(self, model: int, tenant: str, key: str) -> tuple[int, bytes] | None:
@@ -115,6 +117,18 @@ def test_what_own_submits_have_filled_is_counted_anew_soon_since_it_may_have_run
     assert database.reads == [1, 1]
 
 
+def test_a_count_that_takes_long_is_not_made_often(database: Database) -> None:
+    admission, digits = database.admission(), database.limited(3)
+    database.took = 0.6
+    admission.admit(digits, 1).stored()
+    database.now += 2.2  # since it began 2.8
+    admission.admit(digits, 1).stored()
+    assert database.reads == [1]
+    database.now += 0.3
+    admission.admit(digits, 1).stored()
+    assert database.reads == [1, 1]
+
+
 def test_the_total_counts_all_models_and_both_limits_hold(database: Database) -> None:
     admission, first, second = database.admission(total=10), database.limited(4), version(None, 2)
     database.waiting = {1: 1, None: 5}
@@ -123,7 +137,7 @@ def test_the_total_counts_all_models_and_both_limits_hold(database: Database) ->
     place = admission.admit_some(first, 100)
     assert place.count == 3, "the model's limit"
     place.stored()
-    with pytest.raises(QueueFull, match=r"9 jobs of all models are queued, and the limit is 10 \(setting max_queued\)"):
+    with pytest.raises(QueueFull, match=r"all models has 9 of at most 10 jobs \(setting max_queued\)"):
         admission.admit(second, 2)
     database.now += 2
     database.waiting = {1: 1, None: 9}
@@ -152,7 +166,7 @@ def test_the_message_says_which_limit_how_many_wait_and_what_to_do(database: Dat
     with pytest.raises(QueueFull) as caught:
         admission.admit(digits, 1)
     assert str(caught.value) == (
-        "1,500 jobs of model 'm1' are queued, and its limit is 1,500: there is no room for another; "
+        "the queue of model 'm1' has 1,500 of at most 1,500 jobs: there is no room for another; "
         "try again in 5 s, add workers, or raise the limit (`torchrelay models limit m1 N`)"
     )
     assert (caught.value.retry_after, caught.value.batch, caught.value.stored) == (RETRY_SECONDS, None, 0)
@@ -252,7 +266,7 @@ def test_a_forked_child_counts_for_itself_though_the_lock_was_held(database: Dat
     release, locked = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with admission._lock:
+        with admission.lock:
             locked.set()
             release.wait(10)
 
@@ -261,6 +275,7 @@ def test_a_forked_child_counts_for_itself_though_the_lock_was_held(database: Dat
     assert locked.wait(5)
 
     def child() -> None:
+        held.close()  # which the parent has too
         assert admission.admit(digits, 2).count == 2
 
     run_in_child(child, 20)
@@ -368,7 +383,7 @@ def test_an_inline_relay_refuses_too() -> None:
         assert [relay.submit("double", n).result() for n in range(10)] == [2 * n for n in range(10)], "they run at once"
         relay.pause("double")
         kept = [relay.submit("double", n, key=str(n)) for n in range(2)]
-        with pytest.raises(QueueFull, match="2 jobs of model 'double' are queued"):
+        with pytest.raises(QueueFull, match="'double' has 2 of at most 2 jobs"):
             relay.submit("double", 3)
         with pytest.raises(QueueFull):
             relay.submit_batch("double", [4])

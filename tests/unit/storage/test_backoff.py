@@ -47,6 +47,7 @@ def test_what_a_later_release_has_added_is_left_out() -> None:
 def test_it_doubles_from_one_second_to_five_minutes() -> None:
     plain = Backoff(jitter=False)
     assert [plain.wait(n) for n in (0, 1, 2, 8, 9, 10_000)] == [1, 2, 4, 256, 300, 300]
+    assert Backoff(seconds=5e-324, factor=42.0, jitter=False).wait(10_000) == 300
     assert DEFAULT_BACKOFF.jitter
 
 

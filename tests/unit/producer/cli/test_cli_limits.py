@@ -46,7 +46,7 @@ def test_a_submit_to_a_full_queue_says_when_to_try_again(cli: Cli, double: Relay
     cli("submit", "double", "-i", "1", "--key", "first")
     answer = cli("submit", "double", "-i", "2", code=3)
     assert answer.out == ""
-    assert answer.err.startswith("error: 1 jobs of model 'double' are queued, and its limit is 1: there is no room")
+    assert answer.err.startswith("error: the queue of model 'double' has 1 of at most 1 jobs: there is no room")
     assert "try again in 5 s" in answer.err
     assert cli("submit", "double", "-i", "2", "--json", code=3).error == {
         "type": "QueueFull", "message": answer.err.removeprefix("error: ").strip(), "retry_after": 5.0, "stored": 0
