@@ -25,8 +25,7 @@ def test_a_long_job_runs_exactly_once(settings: Settings, worker: Callable[..., 
         relay.register_model("long", handler="long", config={"seconds": LONG}, chunk_size=1)
         for _ in range(2):  # the second would take what comes back
             worker(
-                environment={"CHAOS_RUNS": str(path)},
-                visibility_timeout=VISIBILITY,
+                environment={"CHAOS_RUNS": str(path), "TORCHRELAY_VISIBILITY_TIMEOUT": str(VISIBILITY)},
                 handlers={"long": "chaos.models:Long"},
             )
         jobs = [relay.submit("long", {"n": n}) for n in range(4)]
