@@ -1,8 +1,9 @@
 """How long each fault was felt, read from the audit trail after the run.
 
-A fault is over when all that it had hit has moved on: the chunks that a worker held are done or wait again, those
-whose messages Redis lost have been claimed all the same, a poison job has ended. Other faults go on meanwhile, and
-lengthen it. Not here: whether all is right in the end (`checker`).
+Work goes on when the next chunk is claimed: by the worker that was hit, else by any. A fault is over when all that it
+had hit has moved on: the chunks that a worker held are done or wait again, those whose messages Redis lost have been
+claimed all the same, a poison job has ended; that includes waiting for their turn behind all others. Other faults go on
+meanwhile, and lengthen both. Not here: whether all is right in the end (`checker`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,17 @@ def recoveries(url: str, injected: Iterable[Injected]) -> dict[str, list[float]]
     return dict(found)
 
 
+def resumptions(url: str, injected: Iterable[Injected]) -> dict[str, list[float]]:
+    """Return for each kind of fault after how many seconds work went on; a poison job is part of the work."""
+    trail = _Trail(url)
+    found: dict[str, list[float]] = defaultdict(list)
+    for one in injected:
+        seconds = trail.resumed(one) if one.poison is None else None
+        if seconds is not None:
+            found[one.fault.kind].append(round(seconds, 2))
+    return dict(found)
+
+
 class _Trail:
     def __init__(self, url: str) -> None:
         lanes = {
@@ -55,6 +67,18 @@ class _Trail:
         ended = rows(url, "SELECT job, max(at) FROM audit_jobs WHERE became > 0 GROUP BY job")
         self.ends: Mapping[int, float] = dict(ended)
         self.jobs: Mapping[int, bytes] = dict(rows(url, "SELECT id, input FROM jobs"))
+
+    def resumed(self, one: Injected) -> float | None:
+        """Return the time from a fault's end until the next claim, of the worker that was hit if one was."""
+        over = one.ended if one.fault.kind in OUTAGES or one.fault.kind.startswith("stop ") else one.began
+        claims = (
+            move.at
+            for moves in self.chunks.values()
+            for move in moves
+            if move.became == CLAIMED and move.at >= over and one.hit in (None, self.names.get(move.worker or 0))
+        )
+        first = min(claims, default=None)
+        return None if first is None else first - over
 
     def seconds(self, one: Injected) -> float | None:
         """Return the time until all chunks that the fault had hit have moved on."""

@@ -18,7 +18,8 @@ class Report:
     Attributes:
         faults: kind -> how often it was made.
         missed: kind -> how often it met nothing.
-        recovery: kind -> seconds that each was felt, of those that hit anything.
+        recovery: kind -> seconds until all that each had hit had moved on, of those that hit anything.
+        resumed: kind -> seconds until work went on after each.
         counts: what was looked at.
         found: name of a check -> what it found.
         ran: forward passes of inputs; more than the jobs, because a killed worker's are run again.
@@ -37,6 +38,7 @@ class Report:
     ran: int = 0
     wanted: int = 0  # faults
     notes: Sequence[str] = field(default_factory=tuple)
+    resumed: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def made(self) -> int:
@@ -75,15 +77,21 @@ class Report:
             f"  {self.ran} inputs were run; workers were started anew {self.restarts} times",
             f"  {self.made} of {self.wanted} faults; all was done {self.settled:.1f} s after the last",
             "",
-            f"  {'fault':20} {'made':>5} {'missed':>7} {'felt':>5} {'median s':>9} {'worst s':>8}",
+            f"  {'':20} {'':13}  {'work went on after':>18} {'all that was hit had moved on after':>38}",
+            f"  {'fault':20} {'made':>5} {'missed':>7} {'median s':>9} {'worst s':>8} {'felt':>5} {'median s':>9} "
+            f"{'worst s':>8}",
         ]
         for kind in sorted({*self.faults, *self.missed}):
             felt = self.recovery.get(kind, ())
-            times = f"{statistics.median(felt):9.2f} {max(felt):8.2f}" if felt else ""
             made, missed = self.faults.get(kind, 0), self.missed.get(kind, 0)
-            lines.append(f"  {kind:20} {made:5} {missed:7} {len(felt):5} {times}")
+            times = f"{_times(self.resumed.get(kind, ()))} {len(felt):5} {_times(felt)}".rstrip()
+            lines.append(f"  {kind:20} {made:5} {missed:7} {times}")
         lines += ["", *(f"  {note}" for note in self.notes)]
         for check, what in CHECKS.items():
             lines.append(f"  {check:10} {self.n(check):5}  {what}")
             lines += [f"             - {line}" for line in self.found.get(check, ())[:10]]
         return "\n".join(lines)
+
+
+def _times(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):9.2f} {max(seconds):8.2f}" if seconds else f"{'':18}"

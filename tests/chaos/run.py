@@ -13,7 +13,7 @@ from pathlib import Path
 from chaos import checker, journal
 from chaos.faults import Injected, Injector
 from chaos.operations import MODELS
-from chaos.recovery import recoveries
+from chaos.recovery import recoveries, resumptions
 from chaos.report import Report
 from chaos.schedule import Fault, schedule
 from chaos.system import LOUD, QUIET, System
@@ -82,7 +82,7 @@ def run(plan: Plan, folder: Path, say: Callable[[str], None] = print) -> Report:
             missed=dict(Counter(fault.kind for fault in missed)), recovery=recoveries(url, made),
             counts=dict(verdict.counts), found={name: list(what) for name, what in verdict.found.items()},
             restarts=system.restarts, ran=path.read_text().count("\n") if path.exists() else 0,
-            wanted=plan.faults, notes=notes,
+            wanted=plan.faults, notes=notes, resumed=resumptions(url, made),
         )  # fmt: skip
 
 

@@ -32,17 +32,26 @@ def faults(reports: Iterable[Report]) -> str:
     """Return a line of Markdown for each kind of fault."""
     made: dict[str, int] = defaultdict(int)
     felt: dict[str, list[float]] = defaultdict(list)
+    resumed: dict[str, list[float]] = defaultdict(list)
     for one in reports:
         for kind, n in one.faults.items():
             made[kind] += n
         for kind, seconds in one.recovery.items():
             felt[kind] += seconds
-    lines = ["| fault | made | felt | median | worst |", "| --- | ---: | ---: | ---: | ---: |"]
+        for kind, seconds in one.resumed.items():
+            resumed[kind] += seconds
+    lines = [
+        "| fault | made | work went on after: median | worst | hit something | that had moved on: median | worst |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for kind, n in sorted(made.items()):
         times = felt.get(kind, [])
-        ends = f"{statistics.median(times):.1f} s | {max(times):.1f} s" if times else "- | -"
-        lines.append(f"| {kind} | {n} | {len(times)} | {ends} |")
+        lines.append(f"| {kind} | {n} | {_ends(resumed.get(kind, []))} | {len(times)} | {_ends(times)} |")
     return "\n".join(lines)
+
+
+def _ends(times: Sequence[float]) -> str:
+    return f"{statistics.median(times):.1f} s | {max(times):.1f} s" if times else "- | -"
 
 
 def main(paths: Sequence[str]) -> int:

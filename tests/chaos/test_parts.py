@@ -18,7 +18,7 @@ from chaos import audit, checker, journal
 from chaos.faults import Injected, Injector
 from chaos.journal import Journal, answer
 from chaos.operations import ROOM, operations
-from chaos.recovery import recoveries
+from chaos.recovery import recoveries, resumptions
 from chaos.report import Report
 from chaos.run import Plan
 from chaos.schedule import DATABASE_KINDS, POISON_KINDS, Fault, kinds, schedule
@@ -126,6 +126,9 @@ def test_recovery_is_read_from_the_trail(database: Database, database_url: str) 
     assert recoveries(database_url, injected) == {
         "kill worker": [3.0], "flush redis": [4.0], "kill redis": [1.0], "kill database": [2.0],
     }  # fmt: skip
+    assert resumptions(database_url, injected) == {  # w0 has claimed nothing any more
+        "kill inner process": [4.0], "flush redis": [4.0], "kill redis": [1.0], "kill database": [3.0],
+    }  # fmt: skip
 
 
 def test_a_point_kills_whoever_takes_it(tmp_path: Path) -> None:
@@ -162,11 +165,12 @@ def test_the_table(tmp_path: Path) -> None:
     report = Report(
         seed=1, database="sqlite", seconds=200.0, settled=3.0, faults={"kill worker": 2}, missed={},
         recovery={"kill worker": [1.0, 4.0]}, counts={"jobs": 5001}, found={"twice": ["a"], "counts": ["b"]}, wanted=2,
+        resumed={"kill worker": [0.5]},
     )  # fmt: skip
     report.save(tmp_path / "r.json")
     again = Report.load(tmp_path / "r.json")
     assert str(again) == str(report)
     assert not report.passed
     assert "| sqlite | 1 | 5,001 | 2 | 0 | 0 | 1 | 1 | 3.0 s | 200 s |" in runs([again])
-    assert "| kill worker | 2 | 2 | 2.5 s | 4.0 s |" in faults([again])
+    assert "| kill worker | 2 | 0.5 s | 0.5 s | 2 | 2.5 s | 4.0 s |" in faults([again])
     assert Counter(answer(n) for n in range(1000)).most_common(1)[0][1] == 1

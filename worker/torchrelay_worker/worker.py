@@ -155,6 +155,9 @@ def run(settings: Settings, arguments: argparse.Namespace) -> int:
         try:
             with pipeline, keeper:
                 consumer.run()
+        except SystemExit:  # it was asked to end before Celery had its own handler
+            if not keeper.wanted:
+                raise
         finally:
             ended.set()
             reports.close()
