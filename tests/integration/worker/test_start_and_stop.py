@@ -21,8 +21,8 @@ def test_sigterm_ends_both_processes_and_is_told_to_the_fleet(
     process = worker("--device", "cpu")
     (row,) = Fleet(database).workers(settings.stale_after)
     assert (row.name, row.alive) == (process.name, True)
+    wait_until(lambda: process.children, what="the inner process")
     family = process.children
-    assert family
     assert process.stop() == 0, process.log
     assert not [child for child in family if child.is_running()]
     (row,) = Fleet(database).workers(settings.stale_after)
