@@ -59,8 +59,8 @@ def test_the_checks_are_the_real_ones(inline_relay: InlineRelay) -> None:
         inline_relay.submit("double", 1, priority=10)
 
 
-def test_failures_are_retried_and_told(inline_relay: InlineRelay) -> None:
-    calls: list[Any] = []
+def succeeds_at_the_third(calls: list[Any]) -> Callable[[Any], Any]:
+    """Return a model that fails twice, and notes what it is called with."""
 
     def flaky(value: Any) -> Any:
         calls.append(value)
@@ -68,7 +68,13 @@ def test_failures_are_retried_and_told(inline_relay: InlineRelay) -> None:
             raise ValueError("not yet")
         return "done"
 
-    inline_relay.add_model("flaky", flaky)
+    return flaky
+
+
+def test_failures_are_retried_and_told(inline_relay: InlineRelay) -> None:
+    calls: list[Any] = []
+
+    inline_relay.add_model("flaky", succeeds_at_the_third(calls))
     assert inline_relay.submit("flaky", 1).result() == "done"
     assert calls == [1, 1, 1]
 
@@ -90,13 +96,7 @@ def test_failures_are_retried_and_told(inline_relay: InlineRelay) -> None:
 def test_a_backoff_waits_for_the_clock(inline_relay: InlineRelay) -> None:
     calls: list[Any] = []
 
-    def flaky(value: Any) -> Any:
-        calls.append(value)
-        if len(calls) < 3:
-            raise ValueError("not yet")
-        return "done"
-
-    inline_relay.add_model("flaky", flaky)
+    inline_relay.add_model("flaky", succeeds_at_the_third(calls))
     job = inline_relay.submit("flaky", 1, backoff=Backoff(seconds=2, factor=3))
     assert job.state is JobState.RETRYING
     assert inline_relay.advance(1.9) == 0

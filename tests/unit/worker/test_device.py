@@ -93,12 +93,13 @@ def test_an_input_that_never_fits_fails_alone() -> None:
     assert len([o for o in line.store.outcomes.values() if o.end is End.SUCCEEDED]) == 3
 
 
-def test_a_broken_context_ends_the_process_and_blames_nobody() -> None:
-    def trouble(batch: torch.Tensor) -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
+def break_context(batch: torch.Tensor) -> None:
+    raise RuntimeError("CUDA error: device-side assert triggered")
 
+
+def test_a_broken_context_ends_the_process_and_blames_nobody() -> None:
     model = Plus()
-    model.trouble = trouble
+    model.trouble = break_context
     with Line(model) as line:
         line.put(chunk(1, range(4)))
         assert line.lost.wait(20)
@@ -231,11 +232,8 @@ def test_the_black_box_names_the_jobs_that_run_and_no_others() -> None:
 
 
 def test_a_lost_device_leaves_its_jobs_in_the_black_box() -> None:
-    def trouble(batch: torch.Tensor) -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
-
     model = Plus()
-    model.trouble = trouble
+    model.trouble = break_context
     with Line(model) as line:
         line.put(chunk(1, range(4)))
         assert line.lost.wait(20)

@@ -1,6 +1,6 @@
 """Whether the pipeline stands still: the process answers and has work, and nothing of it moves.
 
-Not here: what runs for too long (`watch`), and messages that nobody pulls (`recycling`).
+Not here: what runs for too long (`watch`), and messages that nobody pulls (`silence`).
 """
 
 from __future__ import annotations
