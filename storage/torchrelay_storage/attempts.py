@@ -29,7 +29,7 @@ class Attempt:
             fault: it spent nothing), `succeeded`, or `running`.
         worker: the name of the worker that ran it.
         started_at: when its chunk was claimed, in seconds since 1970; None: not known.
-        worker_ended: how that worker's process ended, where it did.
+        worker_ended: how that worker's process ended, where the try ended with it.
     """
 
     number: int
@@ -91,15 +91,22 @@ def read_attempts(connection: Connection, job: int) -> list[Attempt]:
     now = connection.execute(_JOB, {"job": job}).one_or_none()
     if now is None:
         raise JobNotFound(f"no job has the id {show(Kind.JOB, job)}; it never existed, or retention has purged it")
-    found = [
-        Attempt(i, row.outcome, row.name, row.started_at, row.ended_at, decode_error(row.error), row.ended)
-        for i, row in enumerate(connection.execute(_READ, {"job": job}), start=1)
-    ]
+    found = []
+    for i, row in enumerate(connection.execute(_READ, {"job": job}), start=1):
+        error = decode_error(row.error)
+        with_worker = row.outcome == "lost" or (error is not None and error.type == "WorkerLost")
+        ended = row.ended if with_worker else None
+        found.append(Attempt(i, row.outcome, row.name, row.started_at, row.ended_at, error, ended))
     if now.state == End.SUCCEEDED:
         # Its chunk may have been handed back since for the sake of other jobs, and claimed again.
         known = now.claimed_at is not None and now.claimed_at <= now.finished_at
         started_at = now.claimed_at if known else None
         found.append(Attempt(len(found) + 1, "succeeded", now.name, started_at, now.finished_at))
-    elif now.state == End.OPEN and now.chunk_state == ChunkState.CLAIMED:
+    elif now.state == End.OPEN and now.chunk_state == ChunkState.CLAIMED and not _ended(found, now.claimed_at):
         found.append(Attempt(len(found) + 1, "running", now.name, now.claimed_at, None))
     return found
+
+
+def _ended(found: Sequence[Attempt], started_at: float) -> bool:
+    """Whether the try that began then ended between the statement that saw it run and the one that read the tries."""
+    return bool(found) and found[-1].started_at == started_at

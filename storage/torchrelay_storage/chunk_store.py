@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, text
 
+from torchrelay_storage.chunk_jobs import IN_CHUNK, OfChunks
 from torchrelay_storage.database import Database
 from torchrelay_storage.lost import LostChunks
 from torchrelay_storage.options import Backoff
@@ -102,21 +103,17 @@ _ALIVE = "AND EXISTS (SELECT 1 FROM workers w WHERE w.id = :worker AND w.stopped
 
 _LET_WAIT = _chunks("UPDATE chunks SET state = 0, announced_at = NULL WHERE id IN :chunks AND state = 1")
 
-_READ_JOBS = _chunks("""
-    SELECT j.id, j.chunk, j.input, j.failures
-    FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
+_READ_JOBS = OfChunks("""
+    SELECT j.id, j.chunk, j.input, j.failures FROM {chunk_jobs}
     WHERE c.id IN :chunks AND j.state = 0 ORDER BY j.id
 """)
 
-_OPEN_JOBS = _chunks("""
-    SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
+_OPEN_JOBS = OfChunks("""
+    SELECT j.id FROM {chunk_jobs}
     WHERE c.id IN :chunks AND j.state = 0 ORDER BY j.id
 """)
 
-_EXPIRE_JOBS = _chunks("""
-    UPDATE jobs SET state = 4, finished_at = :now FROM chunks c
-    WHERE c.id IN :chunks AND jobs.id BETWEEN c.first_id AND c.last_id AND jobs.chunk = c.id AND jobs.state = 0
-""")
+_EXPIRE_JOBS = text(f"UPDATE jobs SET state = 4, finished_at = :now WHERE {IN_CHUNK} AND state = 0")
 
 
 class ChunkStore(LostChunks):
@@ -286,7 +283,7 @@ class ChunkStore(LostChunks):
             return []
         rows = connection.execute(self._claim, {"chunks": chunks, "worker": worker, "now": now}).all()
         jobs: dict[int, list[ClaimedJob]] = {row.id: [] for row in rows}
-        for job, chunk, data, failures in connection.execute(_READ_JOBS, {"chunks": list(jobs)}):
+        for job, chunk, data, failures in _READ_JOBS.on(connection, {"chunks": list(jobs)}):
             jobs[chunk].append(ClaimedJob(job, data, failures))
         taken = [
             Claimed(
@@ -347,9 +344,7 @@ class ChunkStore(LostChunks):
         """Return which jobs of these chunks are still open."""
 
         def work(connection: Connection) -> set[int]:
-            return {
-                job for run in slices(chunks) for job in connection.execute(_OPEN_JOBS, {"chunks": list(run)}).scalars()
-            }
+            return {job for run in slices(chunks) for job in _OPEN_JOBS.on(connection, {"chunks": list(run)}).scalars()}
 
         return self._db.query(work)
 
@@ -364,7 +359,7 @@ class ChunkStore(LostChunks):
             if not rows:
                 return Moved()
             chunks = [row.id for row in rows]
-            count = connection.execute(_EXPIRE_JOBS, {"chunks": chunks, "now": now}).rowcount
+            count = connection.execute(_EXPIRE_JOBS, [{"chunk": chunk, "now": now} for chunk in chunks]).rowcount
             settle(connection, chunks, now)
             return Moved(count, tuple(chunks), tuple({row.batch for row in rows if row.batch is not None}))
 

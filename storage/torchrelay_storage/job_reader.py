@@ -11,6 +11,7 @@ import orjson
 from sqlalchemy import Connection, Row, bindparam, text
 
 from torchrelay_storage.attempts import Attempt, read_attempts
+from torchrelay_storage.chunk_jobs import OfChunks
 from torchrelay_storage.database import Database
 from torchrelay_storage.ids import LARGEST
 from torchrelay_storage.job_error import JobError, decode_error
@@ -161,16 +162,11 @@ class JobReader:
 
     def ended_in(self, chunks: Sequence[int], *, with_output: bool = True, with_input: bool = False) -> list[JobRow]:
         """Return the ended jobs of these chunks in the order of their ids, which is the order of their inputs."""
-        statement = text(
-            f"SELECT {_COLUMNS}{_values(with_input, with_output)} FROM chunks c "
-            f"JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id {_JOINS} "
-            "WHERE c.id IN :chunks AND j.state <> 0"
-        ).bindparams(bindparam("chunks", expanding=True))
+        columns = _COLUMNS + _values(with_input, with_output)
+        statement = OfChunks(f"SELECT {columns} FROM {{chunk_jobs}} {_JOINS} WHERE c.id IN :chunks AND j.state <> 0")
 
         def work(connection: Connection) -> list[JobRow]:
-            found = [
-                _row(r) for run in slices(list(chunks)) for r in connection.execute(statement, {"chunks": list(run)})
-            ]
+            found = [_row(r) for run in slices(list(chunks)) for r in statement.on(connection, {"chunks": list(run)})]
             return sorted(found, key=lambda row: row.id)
 
         return self._db.query(work)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from torchrelay_storage import faults, schema
 from torchrelay_storage.attempts import Try, record_attempts
+from torchrelay_storage.chunk_jobs import IN_CHUNK, OfChunks
 from torchrelay_storage.database import Database
 from torchrelay_storage.dialect import FinishRow, JobTuple
 from torchrelay_storage.errors import KeyConflict
@@ -76,10 +77,9 @@ _WROTE = text("""
     UNION ALL SELECT 1 FROM attempts WHERE job IN :jobs AND ended_at = :now AND worker = :worker LIMIT 1
 """).bindparams(bindparam("jobs", expanding=True))
 
-_CANCELLED = text("""
-    SELECT 1 FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
-    WHERE c.id IN :chunks AND j.state = 3 AND j.finished_at = :now LIMIT 1
-""").bindparams(bindparam("chunks", expanding=True))
+_CANCELLED = OfChunks("""
+    SELECT 1 FROM {chunk_jobs} WHERE c.id IN :chunks AND j.state = 3 AND j.finished_at = :now LIMIT 1
+""")
 
 
 class JobStore(JobRetries):
@@ -280,17 +280,14 @@ class JobStore(JobRetries):
 
             def is_done(connection: Connection, result: tuple[Moved, float]) -> bool:
                 scope = {"chunks": list(result[0].chunks), "now": result[1]}
-                return connection.execute(_CANCELLED, scope).first() is not None
+                return _CANCELLED.on(connection, scope).first() is not None
 
             moved += self._db.transact(work, is_done)[0]
         return moved
 
     def cancel_batch(self, batch: int) -> Moved:
         """Cancel every open job of a batch."""
-        statement = text(
-            "UPDATE jobs SET state = 3, finished_at = :now FROM chunks c WHERE c.id IN :chunks "
-            "AND jobs.id BETWEEN c.first_id AND c.last_id AND jobs.chunk = c.id AND jobs.state = 0"
-        ).bindparams(bindparam("chunks", expanding=True))
+        statement = text(f"UPDATE jobs SET state = 3, finished_at = :now WHERE {IN_CHUNK} AND state = 0")
         unfinished = text("SELECT id FROM chunks WHERE batch = :batch AND state < 3 ORDER BY id LIMIT :limit")
 
         def work(connection: Connection) -> tuple[int, list[int], float]:
@@ -299,12 +296,12 @@ class JobStore(JobRetries):
             if not chunks:
                 return 0, [], now
             lock(self._db, connection, chunks)
-            count = connection.execute(statement, {"chunks": chunks, "now": now}).rowcount
+            count = connection.execute(statement, [{"chunk": chunk, "now": now} for chunk in chunks]).rowcount
             settle(connection, chunks, now)
             return count, chunks, now
 
         def is_done(connection: Connection, result: tuple[int, list[int], float]) -> bool:
-            return connection.execute(_CANCELLED, {"chunks": result[1], "now": result[2]}).first() is not None
+            return _CANCELLED.on(connection, {"chunks": result[1], "now": result[2]}).first() is not None
 
         moved = Moved()
         while True:

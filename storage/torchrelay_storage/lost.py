@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, bindparam, text
 from torchrelay_storage import faults
 from torchrelay_storage.attempts import Try, record_attempts
 from torchrelay_storage.blame import Lost, blame, count_death, worker_name
+from torchrelay_storage.chunk_jobs import IN_CHUNK
 from torchrelay_storage.database import Database
 from torchrelay_storage.job_error import JobError, encode_error
 from torchrelay_storage.options import Backoff
@@ -59,14 +60,12 @@ _COLUMNS = """c.id, c.batch, c.version, c.max_attempts, c.worker, c.alone, c.ret
 
 _STOP = text("UPDATE workers SET stopped_at = :now, ended = :ended WHERE id = :worker AND stopped_at IS NULL")
 
-_OPEN = text("""
-    SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
-    WHERE c.id = :chunk AND j.state = 0 ORDER BY j.id
-""")
+_OPEN = text(f"SELECT id FROM jobs WHERE {IN_CHUNK} AND state = 0 ORDER BY id")
 
 _FREE = text("""
     UPDATE chunks SET state = 0, token = token + 1, worker = NULL, claimed_at = NULL, announced_at = NULL,
-        alone = false, suspect = suspect OR CAST(:suspect AS BOOLEAN)
+        alone = false, suspect = suspect OR CAST(:suspect AS BOOLEAN),
+        expires_at = CASE WHEN CAST(:started AS BOOLEAN) THEN NULL ELSE expires_at END
     WHERE id = :chunk AND state = 2
 """)
 
@@ -186,9 +185,9 @@ class LostChunks:
             error = JobError(loss.error.type, f"{loss.error.message} while it trained this run")
             for run in lost:
                 count_death(connection, run, loss.now, error)
-            connection.execute(_FREE, {"chunk": row.id, "suspect": False})
+            connection.execute(_FREE, {"chunk": row.id, "suspect": False, "started": True})
         elif not suspects:
-            connection.execute(_FREE, {"chunk": row.id, "suspect": False})
+            connection.execute(_FREE, {"chunk": row.id, "suspect": False, "started": False})
         elif loss.sure or (len(jobs) == 1 and row.alone):
             known = loss.error.message
             if loss.timed_out:
@@ -197,7 +196,7 @@ class LostChunks:
                 error = JobError(loss.error.type, f"{known} while it ran this job, and nothing beside it")
             backoff = Backoff.decode(row.backoff) if row.backoff else None
             blame(connection, lost, loss.now, error, backoff=backoff, final=loss.timed_out)
-            connection.execute(_FREE, {"chunk": row.id, "suspect": len(jobs) == 1})
+            connection.execute(_FREE, {"chunk": row.id, "suspect": len(jobs) == 1, "started": len(jobs) == 1})
         else:
             shared = JobError(loss.error.type, f"{loss.error.message} while it held this job and others")
             tries = [Try(job, row.id, encode_error(shared)) for job in suspects]
@@ -219,7 +218,7 @@ class LostChunks:
                 new = part(connection, row.id, group, suspect=True, retrying=bool(row.retrying))
                 for run in slices(group):
                     connection.execute(_MOVE, {"new": new, "jobs": list(run), "chunk": row.id})
-        connection.execute(_FREE, {"chunk": row.id, "suspect": whole})
+        connection.execute(_FREE, {"chunk": row.id, "suspect": whole, "started": whole})
 
     def _not_loaded(
         self, connection: Connection, row: Row[Any], jobs: Sequence[int], ended: str, now: float, *, guilty: bool
@@ -230,4 +229,4 @@ class LostChunks:
             message = f"{worker_name(connection, row.worker)}: {ended} while it loaded the model"
             backoff = Backoff.decode(row.backoff) if row.backoff else None
             blame(connection, lost, now, JobError("WorkerLost", message), backoff=backoff)
-        connection.execute(_FREE, {"chunk": row.id, "suspect": not guilty})
+        connection.execute(_FREE, {"chunk": row.id, "suspect": not guilty, "started": guilty})

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, text
 
+from torchrelay_storage.chunk_jobs import IN_CHUNK, OfChunks
 from torchrelay_storage.database import Database
 from torchrelay_storage.settle import slices
 
@@ -66,17 +67,18 @@ class Retention:
             scope = {"chunks": chunks}
             artifacts = [
                 bytes(value)
-                for row in connection.execute(_REFERENCES, scope | {"tag": reference})
+                for row in _REFERENCES.on(connection, scope | {"tag": reference})
                 for value in row
                 if value is not None and bytes(value[:1]) == reference
             ]
-            runs = tuple(connection.execute(_RUNS, scope).scalars())
+            runs = tuple(_RUNS.on(connection, scope).scalars())
             for run in slices(runs):
                 for statement in _DELETE_RUNS:
                     connection.execute(statement, {"runs": list(run)})
-            connection.execute(_DELETE_ATTEMPTS, scope)
-            connection.execute(_DELETE_KEYS, scope)
-            jobs = connection.execute(_DELETE_JOBS, scope).rowcount
+            each = [{"chunk": chunk} for chunk in chunks]
+            connection.execute(_DELETE_ATTEMPTS, each)
+            connection.execute(_DELETE_KEYS, each)
+            jobs = connection.execute(_DELETE_JOBS, each).rowcount
             connection.execute(_DELETE_CHUNKS, scope)
             connection.execute(_DELETE_BATCHES, {"before": before})
             return Purged(jobs, len(chunks), tuple(artifacts), runs), chunks
@@ -91,18 +93,17 @@ def _of(statement: str, name: str = "chunks") -> Any:
     return text(statement).bindparams(bindparam(name, expanding=True))
 
 
-_IN = "SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id WHERE c.id IN"
-_REFERENCES = _of(f"""
-    SELECT input, output FROM jobs
-    WHERE id IN ({_IN} :chunks) AND (substr(input, 1, 1) = :tag OR substr(output, 1, 1) = :tag)
+_REFERENCES = OfChunks("""
+    SELECT j.input, j.output FROM {chunk_jobs}
+    WHERE c.id IN :chunks AND (substr(j.input, 1, 1) = :tag OR substr(j.output, 1, 1) = :tag)
 """)
-_RUNS = _of(f"SELECT job FROM runs WHERE job IN ({_IN} :chunks)")
+_RUNS = OfChunks("SELECT r.job FROM {chunk_jobs} JOIN runs r ON r.job = j.id WHERE c.id IN :chunks")
 _DELETE_RUNS = [
     _of(f"DELETE FROM {table} WHERE job IN :runs", "runs") for table in ("metrics", "run_logs", "checkpoints", "runs")
 ]
-_DELETE_ATTEMPTS = _of(f"DELETE FROM attempts WHERE job IN ({_IN} :chunks)")
-_DELETE_KEYS = _of(f"DELETE FROM keys WHERE job IN ({_IN} :chunks)")
-_DELETE_JOBS = _of(f"DELETE FROM jobs WHERE id IN ({_IN} :chunks)")
+_DELETE_ATTEMPTS = text(f"DELETE FROM attempts WHERE job IN (SELECT id FROM jobs WHERE {IN_CHUNK})")
+_DELETE_KEYS = text(f"DELETE FROM keys WHERE job IN (SELECT id FROM jobs WHERE {IN_CHUNK})")
+_DELETE_JOBS = text(f"DELETE FROM jobs WHERE {IN_CHUNK}")
 _DELETE_CHUNKS = _of("DELETE FROM chunks WHERE id IN :chunks")
 _LEFT = _of("SELECT 1 FROM chunks WHERE id IN :chunks LIMIT 1")
 _DELETE_BATCHES = text("""

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from sqlalchemy import Connection, bindparam, text
 
+from torchrelay_storage.chunk_jobs import OfChunks
 from torchrelay_storage.job_reader import JobFilter, JobReader, newest
 from torchrelay_storage.settle import MAX_CHUNK, SLICE, Moved, lock, part, settle, slices
 from torchrelay_storage.states import JOB_MOVES, End, JobState
@@ -38,17 +39,17 @@ class JobRetries(JobReader):
 
     def retry_batch(self, batch: int, ends: Sequence[End] = (End.FAILED,)) -> Moved:
         """Let the jobs of a batch that ended in these ways run again. What fails anew meanwhile is not met twice."""
-        statement = text(
-            "SELECT j.id FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id "
-            "WHERE c.batch = :batch AND c.last_id > :after AND j.id > :after AND j.state IN :ends "
-            "ORDER BY j.id LIMIT :limit"
-        ).bindparams(bindparam("ends", expanding=True))
+        statement = OfChunks(
+            "SELECT j.id FROM {chunk_jobs} WHERE c.batch = :batch AND c.last_id > :after AND j.id > :after "
+            "AND j.state IN :ends ORDER BY j.id LIMIT :limit",
+            lists=("ends",),
+        )
         wanted = tuple(end for end in ends if end in JOB_MOVES["retry"][0])
         scope = {"batch": batch, "ends": [int(end) for end in wanted], "limit": MAX_CHUNK}
         moved, found = Moved(), [0]
         while wanted and found:  # from the oldest up
             row = scope | {"after": found[-1]}
-            found = self._db.query(lambda connection, row=row: list(connection.execute(statement, row).scalars()))  # type: ignore[misc]
+            found = self._db.query(lambda connection, row=row: list(statement.on(connection, row).scalars()))  # type: ignore[misc]
             moved += self._again(found, wanted)
         return moved
 
@@ -95,7 +96,7 @@ class JobRetries(JobReader):
             where = (lane[0], lane[1], lane[2])
             turns[where] = turns.get(where) or last_turn(connection, *where)
             turns[where] += 1
-            new = part(connection, source, group, turn=turns[where], anew=True)
+            new = part(connection, source, group, turn=turns[where])
             reopen = text(
                 "UPDATE jobs SET chunk = :new, state = 0, failures = 0, output = NULL, error = NULL, worker = NULL, "
                 "finished_at = NULL WHERE id IN :jobs AND chunk = :chunk AND state IN (2, 3, 4)"

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, bindparam, text
 
+from torchrelay_storage.chunk_jobs import OfChunks
 from torchrelay_storage.database import Database
 from torchrelay_storage.ids import draw
 from torchrelay_storage.states import End
@@ -47,11 +48,10 @@ def slices(items: Sequence[T], size: int = SLICE) -> Iterator[Sequence[T]]:
         yield items[start : start + size]
 
 
-_COUNT = text("""
-    SELECT c.id AS chunk, j.state AS state, count(*) AS n
-    FROM chunks c JOIN jobs j ON j.id BETWEEN c.first_id AND c.last_id AND j.chunk = c.id
+_COUNT = OfChunks("""
+    SELECT c.id AS chunk, j.state AS state, count(*) AS n FROM {chunk_jobs}
     WHERE c.id IN :chunks GROUP BY c.id, j.state
-""").bindparams(bindparam("chunks", expanding=True))
+""")
 
 _SET_COUNTS = text("""
     UPDATE chunks SET size = :size, succeeded = :succeeded, failed = :failed, cancelled = :cancelled,
@@ -68,7 +68,7 @@ _PART = text("""
     SELECT :chunk, model, version, batch, tenant, flow, priority, COALESCE(CAST(:turn AS BIGINT), turn),
            :first, :last, :size, 0, CAST(:due AS BOOLEAN), CAST(:suspect AS BOOLEAN), CAST(:retrying AS BOOLEAN), 0,
            timeout, max_attempts, backoff,
-           CAST(:not_before AS FLOAT), CASE WHEN CAST(:anew AS BOOLEAN) THEN NULL ELSE expires_at END, created_at
+           CAST(:not_before AS FLOAT), CASE WHEN CAST(:expires AS BOOLEAN) THEN expires_at END, created_at
     FROM chunks WHERE id = :source
 """)
 
@@ -93,7 +93,7 @@ def settle(connection: Connection, chunks: Iterable[int], now: float) -> None:
     wanted = sorted(set(chunks))
     counts: dict[int, dict[int, int]] = defaultdict(dict)
     for run in slices(wanted):
-        for row in connection.execute(_COUNT, {"chunks": list(run)}):
+        for row in _COUNT.on(connection, {"chunks": list(run)}):
             counts[row.chunk][row.state] = row.n
     if wanted:
         connection.execute(
@@ -123,7 +123,7 @@ def part(
     suspect: bool = False,
     retrying: bool = False,
     turn: int | None = None,
-    anew: bool = False,
+    expires: bool = False,
 ) -> int:
     """Make a waiting chunk for some jobs of another, and return its id. The caller moves the jobs' rows.
 
@@ -131,7 +131,7 @@ def part(
         not_before: when it may start, on the database's clock; None: at once.
         suspect: it comes from a process that died, and is to run alone.
         turn: its turn; None: its source's, so that it does not lose its place.
-        anew: the jobs start over, without the deadline that they had.
+        expires: they have not started, and must by the deadline that they have. Who has started keeps no deadline.
     """
     chunk = draw()
     connection.execute(
@@ -147,7 +147,7 @@ def part(
             "suspect": suspect,
             "retrying": retrying,
             "not_before": not_before,
-            "anew": anew,
+            "expires": expires,
         },
     )
     return chunk

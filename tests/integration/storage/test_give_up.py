@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from integration.storage import run_scene
-from integration.storage.job_scene import Scene
+from integration.storage.job_scene import ERROR, Scene
 from torchrelay_storage.database import Database
+from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.lost import SINGLES, Evidence
 from torchrelay_storage.options import Backoff
 from torchrelay_storage.states import End, JobState
@@ -377,3 +379,40 @@ def test_a_run_dies_once_whatever_is_known(database: Database, known: Evidence |
     assert row.error.type == "WorkerLost"
     assert "killed by SIGSEGV while it trained this run (death 2" in row.error.message
     assert [one.outcome for one in scene.jobs.attempts(job)] == ["lost", "failed"]
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------
+
+
+def _late(scene: Scene) -> int:
+    """Let all deadlines pass, and return how many jobs expire."""
+    with scene.database.write() as connection:
+        connection.execute(text("UPDATE chunks SET expires_at = 1 WHERE expires_at IS NOT NULL"))
+    return scene.chunks.expire().count
+
+
+@pytest.mark.parametrize("how", ["one of a chunk", "whole chunk", "blamed", "rescued", "failed"])
+def test_what_started_in_time_does_not_expire_while_it_waits_for_its_next_try(scene: Scene, how: str) -> None:
+    job, *mates = scene.submit(3 if how == "one of a chunk" else 1, expires_in=1000)
+    claimed = scene.claim(job)
+    if how == "failed":
+        retry = Outcome(job, claimed.chunk, claimed.token, End.OPEN, error=ERROR, retry_in=1000)
+        assert scene.jobs.finish([retry], scene.worker).recorded == 1
+    elif how == "rescued":
+        scene.grow_old()
+        assert scene.chunks.rescue(10).count == 1
+    else:
+        scene.die(evidence(job))
+    if how == "blamed":
+        scene.claim_alone(job)
+        scene.die(evidence(job))
+        assert scene.row(job).failures == 1
+    assert _late(scene) == len(mates), "who had not started must still start in time"
+    assert scene.row(job).state in (JobState.QUEUED, JobState.RETRYING)
+
+
+def test_what_was_only_handed_back_still_expires(scene: Scene) -> None:
+    jobs = scene.submit(2, expires_in=1000)
+    claimed = scene.claim(jobs[0])
+    assert scene.chunks.hand_back([(claimed.chunk, claimed.token)], scene.worker) == 1
+    assert _late(scene) == 2

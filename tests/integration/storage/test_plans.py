@@ -1,0 +1,98 @@
+"""What PostgreSQL does with a large queue once it has statistics of it: no move may read the whole table of jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import text
+
+from integration.storage.job_scene import Scene
+from torchrelay_storage.database import Database
+from torchrelay_storage.lost import Evidence
+from torchrelay_storage.options import Options
+from torchrelay_storage.retention import Retention
+from torchrelay_storage.states import End
+from torchrelay_storage.submission import NewJob, Submission
+
+WAITING = 20_000  # lone jobs: far more than any move may look at
+
+
+def _claim_and_finish(scene: Scene, jobs: list[int]) -> None:
+    announced = [one.chunk for one in scene.chunks.announce(scene.version.model, dict.fromkeys(range(10), 8))]
+    claimed = scene.chunks.claim(announced, scene.worker)
+    assert len(claimed) == 8
+    for chunk in claimed:
+        assert scene.finish(chunk).recorded == 1
+
+
+def _claim_next(scene: Scene, jobs: list[int]) -> None:
+    claimed = scene.chunks.claim_next([scene.version.model], scene.worker, 8)
+    assert len(claimed) == 8
+    assert scene.chunks.open_jobs([one.chunk for one in claimed]) == {one.jobs[0].id for one in claimed}
+
+
+def _cancel(scene: Scene, jobs: list[int]) -> None:
+    assert scene.jobs.cancel(jobs[-8:]).count == 8
+
+
+def _retry(scene: Scene, jobs: list[int]) -> None:
+    scene.jobs.cancel(jobs[-8:])
+    assert scene.jobs.retry(jobs[-8:]).count == 8
+
+
+def _expire(scene: Scene, jobs: list[int]) -> None:
+    late = scene.submit(8, expires_in=0.001)
+    time.sleep(0.01)
+    assert scene.chunks.expire().count == len(late)
+
+
+def _lose(scene: Scene, jobs: list[int]) -> None:
+    scene.chunks.claim(jobs[:4], scene.worker)
+    assert scene.die(Evidence(frozenset(jobs[:2]))).count == 4
+    scene.chunks.claim(jobs[4:8], scene.worker)
+    scene.grow_old()
+    assert scene.chunks.rescue(10).count == 4
+
+
+def _read(scene: Scene, jobs: list[int]) -> None:
+    claimed = scene.chunks.claim(jobs[:8], scene.worker)
+    for chunk in claimed:
+        scene.finish(chunk, End.FAILED)
+    assert len(scene.jobs.ended_in([one.chunk for one in claimed])) == 8
+    assert scene.outcomes(jobs[0]) == ["failed"]
+
+
+def _purge(scene: Scene, jobs: list[int]) -> None:
+    for chunk in scene.chunks.claim(jobs[:8], scene.worker):
+        scene.finish(chunk)
+    assert Retention(scene.database).purge(-1, reference=b"@").jobs == 8
+
+
+MOVES: dict[str, Callable[[Scene, list[int]], None]] = {
+    "claim and finish": _claim_and_finish, "claim next": _claim_next, "cancel": _cancel, "retry": _retry,
+    "expire": _expire, "lose": _lose, "read": _read, "purge": _purge,
+}  # fmt: skip
+
+
+def _read_in_passing(database: Database) -> int:
+    """Rows of jobs read by going through the whole table, so far."""
+    with database.read() as connection:
+        query = text("SELECT COALESCE(seq_tup_read, 0) FROM pg_stat_user_tables WHERE relname = 'jobs'")
+        return int(connection.execute(query).scalar_one())
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("move", MOVES)
+def test_no_move_reads_all_jobs(database: Database, move: str) -> None:
+    scene = Scene(database)
+    lone = [Submission(scene.version, Options(), [NewJob(b"1")]) for _ in range(WAITING)]
+    jobs = [placed[0].job for placed in scene.jobs.submit(lone)]  # type: ignore[union-attr]
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE jobs, chunks"))
+    database.dispose()  # a session that ends tells what it has read
+    before = _read_in_passing(database)
+    MOVES[move](scene, jobs)
+    database.dispose()
+    assert _read_in_passing(database) - before < WAITING
