@@ -19,12 +19,13 @@ from typing import Any, Protocol
 from torchrelay import messages
 from torchrelay.broker import Broker
 from torchrelay_storage import faults
-from torchrelay_storage.chunk_store import Announced, ChunkStore
+from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
 from torchrelay_storage.events import get_logger
 from torchrelay_storage.fleet import Fleet, WorkerRow
 from torchrelay_storage.registry import LANE, Registry
+from torchrelay_storage.waiting import Announced
 
 log = get_logger("torchrelay.announcer")
 

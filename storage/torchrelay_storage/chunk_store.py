@@ -1,12 +1,12 @@
-"""The hot table: chunks announced, claimed, handed back, expired.
+"""The hot table: chunks claimed, handed back, expired.
 
-Every move is one fenced statement over many rows (`states.CHUNK_MOVES`). Not here: what moves jobs (`job_store`), and
-what becomes of a lost worker's chunks (`lost`).
+Every move is one fenced statement over many rows (`states.CHUNK_MOVES`). Not here: what moves jobs (`job_store`), what
+waits and is announced (`waiting`), and what becomes of a lost worker's chunks (`lost`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,42 +18,9 @@ from torchrelay_storage.lost import LostChunks
 from torchrelay_storage.options import Backoff
 from torchrelay_storage.settle import Moved, settle, slices
 from torchrelay_storage.states import ChunkState
-from torchrelay_storage.turns import advance
+from torchrelay_storage.waiting import WaitingChunks, not_paused
 
 EXPIRE_SLICE = 200
-
-
-def _not_paused(model: str) -> str:
-    """Return the SQL by which neither the model of a chunk `c` nor its batch nor its run is paused.
-
-    As a NOT EXISTS, PostgreSQL would make a join of the model and expect it to leave no row, and sort a whole queue for
-    its first chunks. With `model` a parameter it is looked up once a statement; a run is looked up only for the chunks
-    of training lanes, whose `first_id` is its job.
-    """
-    return f"""
-        AND NOT (SELECT m.paused FROM models m WHERE m.id = {model})
-        AND (NOT (SELECT m.training FROM models m WHERE m.id = {model})
-             OR NOT EXISTS (SELECT 1 FROM runs r WHERE r.job = c.first_id AND r.paused))
-        AND (c.batch IS NULL OR NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = c.batch AND b.paused))
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Announced:
-    """A chunk whose id is to be sent through Redis."""
-
-    chunk: int
-    priority: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDue:
-    """A model and whether it has chunks that wait to be announced, or that were announced and not claimed."""
-
-    model: int
-    name: str
-    waiting: bool
-    announced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,33 +83,18 @@ _OPEN_JOBS = OfChunks("""
 _EXPIRE_JOBS = text(f"UPDATE jobs SET state = 4, finished_at = :now WHERE {IN_CHUNK} AND state = 0")
 
 
-class ChunkStore(LostChunks):
+class ChunkStore(WaitingChunks, LostChunks):
     """The moves of chunks."""
 
     def __init__(self, database: Database) -> None:
-        super().__init__(database)
+        WaitingChunks.__init__(self, database)
+        LostChunks.__init__(self, database)
         d = database.dialect
         returning = "id, token, model, version, batch, priority, timeout, max_attempts, suspect, backoff"
-        here = _not_paused(":model")
-        self._ripen = text("UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= :now")
-        self._next = text(f"""
-            SELECT c.id, c.priority, c.turn FROM chunks c
-            WHERE c.state = 0 AND c.due AND c.model = :model AND c.priority >= :least
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {here}
-            ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
-        """)
-        self._announce = _chunks(
-            "UPDATE chunks SET state = 1, announced_at = :now WHERE id IN :chunks AND state = 0 RETURNING id"
-        )
-        self._overdue = text(f"""
-            SELECT c.id, c.priority FROM chunks c
-            WHERE c.state = 1 AND c.model = :model AND c.announced_at <= :before {here}
-            ORDER BY c.announced_at LIMIT :limit {d.skip_locked}
-        """)
-        self._again = _chunks("UPDATE chunks SET announced_at = :now WHERE id IN :chunks AND state = 1 RETURNING id")
+        here = not_paused(":model")
         self._claimable = _chunks(f"""
             SELECT c.id, c.suspect FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {_not_paused("c.model")} {_ALIVE}
+              AND (c.expires_at IS NULL OR c.expires_at > :now) {not_paused("c.model")} {_ALIVE}
             ORDER BY c.id {d.skip_locked}
         """)
         # One state and model at a time, so that an index gives the order: there may be a million that wait.
@@ -164,81 +116,6 @@ class ChunkStore(LostChunks):
             WHERE c.state < 2 AND c.expires_at IS NOT NULL AND c.expires_at <= :now
             ORDER BY c.id LIMIT :limit {d.skip_locked}
         """)
-
-    # --- announce -----------------------------------------------------------------------------------------
-
-    def announce(self, model: int, room: Mapping[int, int]) -> list[Announced]:
-        """Move waiting chunks whose time has come to `announced`, in the order of priority, then turn.
-
-        Args:
-            room: by priority 0 to 9, how many more chunks of that priority or a higher one may be announced.
-
-        Returns:
-            What was announced. It is committed: whoever dies before sending it leaves it to `announce_again`.
-        """
-        limit = max(room.values(), default=0)
-        if limit <= 0:
-            return []
-        least = min(p for p, n in room.items() if n > 0)
-
-        def work(connection: Connection) -> list[Announced]:
-            now = self._db.clock(connection)
-            connection.execute(self._ripen, {"now": now})
-            rows = connection.execute(self._next, {"model": model, "least": least, "limit": limit, "now": now}).all()
-            chosen: list[Row[Any]] = []
-            for row in rows:  # most urgent first, so what is chosen so far is what is as urgent or more
-                if len(chosen) < room.get(row.priority, 0):
-                    chosen.append(row)
-            if not chosen:
-                return []
-            moved = set(connection.execute(self._announce, {"chunks": [r.id for r in chosen], "now": now}).scalars())
-            announced = [row for row in chosen if row.id in moved]
-            latest: dict[int, int] = {}
-            for row in announced:
-                latest[row.priority] = max(row.turn, latest.get(row.priority, 0))
-            advance(connection, model, latest)
-            return [Announced(row.id, row.priority) for row in announced]
-
-        return self._db.transact(work)
-
-    def announce_again(
-        self, model: int, older_than: float, limit: int, waiting: Collection[int] = ()
-    ) -> list[Announced]:
-        """Return chunks announced more than `older_than` seconds ago and not claimed, to be sent once more.
-
-        Args:
-            waiting: chunks that are known to be still there.
-        """
-
-        def work(connection: Connection) -> list[Announced]:
-            now = self._db.clock(connection)
-            scope = {"model": model, "before": now - older_than, "limit": limit + len(waiting)}
-            rows = [row for row in connection.execute(self._overdue, scope) if row.id not in waiting][:limit]
-            if not rows:
-                return []
-            moved = set(connection.execute(self._again, {"chunks": [r.id for r in rows], "now": now}).scalars())
-            return [Announced(row.id, row.priority) for row in rows if row.id in moved]
-
-        return self._db.transact(work)
-
-    def due_models(self) -> list[ModelDue]:
-        """Return the models that have something to announce or to announce again."""
-        statement = text("""
-            SELECT m.id, m.name,
-                   EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND c.due AND c.model = m.id)
-                   OR EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND NOT c.due AND c.not_before <= :now
-                              AND c.model = m.id) AS waiting,
-                   EXISTS (SELECT 1 FROM chunks c WHERE c.state = 1 AND c.model = m.id) AS announced
-            FROM models m WHERE NOT m.paused
-        """)
-
-        def work(connection: Connection) -> list[ModelDue]:
-            rows = connection.execute(statement, {"now": self._db.clock(connection)})
-            return [
-                ModelDue(r.id, r.name, bool(r.waiting), bool(r.announced)) for r in rows if r.waiting or r.announced
-            ]
-
-        return self._db.query(work)
 
     # --- claim --------------------------------------------------------------------------------------------
 

@@ -16,6 +16,10 @@ _LAST = text("""
                      WHERE state = 0 AND model = :model AND priority = :priority AND flow = :flow), 0) AS last
 """)
 
+_PRESENTS = text(
+    "SELECT priority, present FROM turns WHERE model = :model AND priority >= :least ORDER BY priority DESC"
+)
+
 _ADVANCE = text("""
     INSERT INTO turns (model, priority, present) VALUES (:model, :priority, :turn)
     ON CONFLICT (model, priority) DO UPDATE SET present = excluded.present WHERE turns.present < excluded.present
@@ -26,6 +30,12 @@ def last_turn(connection: Connection, model: int, priority: int, flow: int) -> i
     """Return the turn after which a flow's next chunk comes."""
     row = connection.execute(_LAST, {"model": model, "priority": priority, "flow": flow}).one()
     return max(int(row.present), int(row.last))
+
+
+def presents(connection: Connection, model: int, least: int) -> list[dict[str, int]]:
+    """Return `priority` and `present` of a model's priorities from `least` up, the most urgent first."""
+    rows = connection.execute(_PRESENTS, {"model": model, "least": least})
+    return [{"priority": row.priority, "present": row.present} for row in rows]
 
 
 def advance(connection: Connection, model: int, turns: Mapping[int, int]) -> None:

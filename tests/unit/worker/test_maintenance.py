@@ -8,11 +8,11 @@ from typing import Any
 from servers import wait_until
 from torchrelay_storage import values
 from torchrelay_storage.artifacts import run_path
-from torchrelay_storage.chunk_store import ModelDue
 from torchrelay_storage.errors import InvalidInput, Unreachable
 from torchrelay_storage.retention import Purged
 from torchrelay_storage.settle import Moved
 from torchrelay_storage.values import Reference
+from torchrelay_storage.waiting import ModelDue
 from torchrelay_worker.maintenance.announce import Announce
 from torchrelay_worker.maintenance.expire import Expire
 from torchrelay_worker.maintenance.leader import LEASE_SECONDS, RENEW_SECONDS, Leader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torchrelay_storage.chunk_store import ModelDue
+from torchrelay_storage.waiting import ModelDue
 
 
 class Models(Protocol):
