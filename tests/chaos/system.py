@@ -36,6 +36,7 @@ CONFIG = {"quick": ({"seconds": 0.05}, 16), "steady": ({"seconds": 0.15}, 64)}  
 TRAINER = WORKERS[-1]
 BEHIND_PROXY = WORKERS[1]  # beside half of the clients
 RESTART_SECONDS = 0.3  # after which an orchestrator starts a worker anew
+SWEEP_SECONDS = 20.0  # within which a worker gives back what is past the visibility timeout
 QUIET, LOUD = "quiet", "loud"  # the undisturbed training run's model, and the other's
 
 
@@ -274,12 +275,22 @@ class System:
         return int(n)
 
     def settle(self, seconds: float) -> bool:
-        """Wait until nothing is left to do; False where that does not come."""
+        """Wait until nothing is left to do; False where that does not come.
+
+        Args:
+            seconds: in which all jobs must have ended. What a process had popped when it was killed is given back once
+                the visibility timeout is over, and may be there for so long beyond.
+        """
         until = time.monotonic() + seconds
+        ended = False
         while time.monotonic() < until:
             with suppress(redis.RedisError):
-                if not self.unfinished() and not self.messages():
-                    return True
+                if not self.unfinished():
+                    if not self.messages():
+                        return True
+                    if not ended:
+                        ended = True
+                        until = time.monotonic() + self.settings.visibility_timeout + SWEEP_SECONDS
             time.sleep(0.2)
         return False
 
