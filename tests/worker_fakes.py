@@ -12,9 +12,10 @@ from torchrelay_storage import values
 from torchrelay_storage.artifacts import Artifacts
 from torchrelay_storage.chunk_store import Claimed, ClaimedJob, Held
 from torchrelay_storage.errors import ModelNotFound
-from torchrelay_storage.job_store import Finished, Outcome
 from torchrelay_storage.options import Backoff
+from torchrelay_storage.outcomes import Finished, Outcome, Successes
 from torchrelay_storage.registry import ModelVersion
+from torchrelay_storage.states import End
 from torchrelay_worker import Model
 from torchrelay_worker.blackbox import scratch
 from torchrelay_worker.models.residency import Resident, limits_of
@@ -111,8 +112,16 @@ class Store:
         self.alone.append(chunk)
         return chunk not in self.refused
 
-    def finish(self, outcomes: Sequence[Outcome], worker: int) -> Finished:
+    def finish(self, outcomes: Sequence[Outcome], worker: int, successes: Sequence[Successes] = ()) -> Finished:
         self._fail()
+        outcomes = [
+            *outcomes,
+            *(
+                Outcome(job, one.chunk, one.token, End.SUCCEEDED, output)
+                for one in successes
+                for job, output in zip(one.jobs, one.outputs, strict=True)
+            ),
+        ]
         kept = [o for o in outcomes if o.chunk not in self.refused]
         with self.changed:
             self.transactions.append(len(outcomes))

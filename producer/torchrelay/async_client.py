@@ -108,7 +108,7 @@ class AsyncRelay:
         return await asyncio.wrap_future(self._core.submit(prepared))
 
     async def _forget_input(self, prepared: Prepared) -> None:
-        await self._shared.call(self._core.forget_input, prepared.job)
+        await self._shared.call(self._core.forget_input, prepared.job.input)
 
     async def submit_batch(
         self,

@@ -17,7 +17,7 @@ from torchrelay_storage.errors import InvalidInput, KeyConflict, QueueFull
 from torchrelay_storage.ids import Kind, show
 from torchrelay_storage.job_reader import JobRow
 from torchrelay_storage.options import Options
-from torchrelay_storage.submission import NewJob, Submission
+from torchrelay_storage.submission import Submission
 
 if TYPE_CHECKING:
     from torchrelay.core import Core
@@ -59,7 +59,7 @@ class BatchWriter:
         self._place = Place(0)  # what room there is for inputs whose number is known
         self._metadata = metadata
         self._batch: BatchRow | None = None
-        self._pending: list[NewJob] = []
+        self._pending: list[bytes] = []  # as they are stored: in the row, or a reference
         self._pending_bytes = 0
         self._group = 16
         size = max(1, self.version.chunk_size)
@@ -70,6 +70,11 @@ class BatchWriter:
         """The batch's row."""
         assert self._batch is not None, "open() comes first"
         return self._batch
+
+    @property
+    def _shared(self) -> Submission:
+        """What all of its jobs have in common."""
+        return Submission(self.version, self._options, (), batch=self.batch.id)
 
     @property
     def group(self) -> int:
@@ -153,8 +158,10 @@ class BatchWriter:
 
     def _take(self, encoded: Sequence[bytes]) -> None:
         limit, store_input = self._core.settings.inline_limit, self._core.store_input
-        self._pending += [NewJob(data if len(data) <= limit else store_input(data)) for data in encoded]
-        self._pending_bytes += sum(min(len(data), limit) for data in encoded)
+        if max(map(len, encoded)) > limit:
+            encoded = [data if len(data) <= limit else store_input(data) for data in encoded]
+        self._pending += encoded
+        self._pending_bytes += sum(map(len, encoded))
         while len(self._pending) >= self._slice:
             self._store(self._slice)
         if self._pending_bytes >= SLICE_BYTES:
@@ -164,12 +171,11 @@ class BatchWriter:
         while count:
             with self._admit(count) as place:
                 part = min(count, place.count)
-                submission = Submission(self.version, self._options, self._pending[:part], batch=self.batch.id)
-                self._core.jobs.submit([submission])
+                self._core.jobs.extend(self._shared, self._pending[:part])
                 place.stored(part)
             faults.reach("committed")
             del self._pending[:part]  # what could not be stored stays, and the next flush tries it again
-            self._pending_bytes = sum(len(job.input) for job in self._pending)
+            self._pending_bytes = sum(map(len, self._pending))
             self._stored += part
             self._core.wake(self.version.name)
             count -= part
@@ -182,8 +188,8 @@ class BatchWriter:
             # A stream may go on for hours: a limit that is set meanwhile holds for it too.
             return self._core.admission.admit_some(self._core.model(self.version.name), count)
         except QueueFull as full:
-            for job in self._pending:
-                self._core.forget_input(job)
+            for data in self._pending:
+                self._core.forget_input(data)
             self._pending, self._pending_bytes = [], 0
             raise self._stopped(full) from None
 

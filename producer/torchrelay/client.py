@@ -128,10 +128,10 @@ class Relay:
             else:
                 placed = self._core.submit(prepared).result()
         except RelayError:
-            self._core.forget_input(prepared.job)
+            self._core.forget_input(prepared.job.input)
             raise
         if placed.existed:
-            self._core.forget_input(prepared.job)
+            self._core.forget_input(prepared.job.input)
             return Job(self._core, self._core.job(placed.job))
         return Job(self._core, self._core.new_row(prepared, placed))
 

@@ -256,9 +256,9 @@ class Core:
             finished_at=None,
         )
 
-    def forget_input(self, job: NewJob) -> None:
+    def forget_input(self, stored: bytes) -> None:
         """Delete a large input's artifact after all: its job exists already, or was refused."""
-        reference = values.as_reference(job.input)
+        reference = values.as_reference(stored)
         if reference is not None:
             with suppress(RelayError):
                 self.artifacts.delete([reference.uri])

@@ -37,7 +37,7 @@ from torchrelay_storage.errors import InvalidInput, KeyConflict, WaitTimeout
 from torchrelay_storage.ids import Kind, show
 from torchrelay_storage.job_error import JobError
 from torchrelay_storage.job_reader import JobFilter, JobRow
-from torchrelay_storage.job_store import Outcome
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.run_spec import RunSpec, read_spec
 from torchrelay_storage.run_writer import NewVersion, Point, Progress, RunHold, RunWriter
 from torchrelay_storage.states import TERMINAL, End

@@ -187,7 +187,7 @@ def place(core: Core, run: PreparedRun, session: Session | None = None) -> Place
             at = placed
             core.wake(LANE + run.spec.recipe)
     except RelayError:
-        core.forget_input(run.job)
+        core.forget_input(run.job.input)
         raise
     assert lane is not None, "store has seen to it"
     return _placed(run, lane, at)
@@ -200,7 +200,7 @@ def _placed(run: PreparedRun, lane: ModelVersion, at: Submitted) -> PlacedRun:
 def facts(core: Core, placed: PlacedRun) -> Facts:
     """Return the rows of a run that was just stored; where a transaction hides them yet, as they will be."""
     if placed.at.existed:
-        core.forget_input(placed.prepared.job)
+        core.forget_input(placed.prepared.job.input)
     try:
         return read(core, placed.at.job)
     except JobNotFound:

@@ -36,6 +36,11 @@ class OfChunks:
             for name, join in _JOIN.items()
         }
 
+    def fetch(self, connection: Connection, scope: dict[str, Any]) -> list[tuple[Any, ...]]:
+        """Ask it, with these parameters; return the driver's own rows, for those that are many."""
+        with self.on(connection, scope) as result:
+            return list(result.cursor.fetchall())
+
     def on(self, connection: Connection, scope: dict[str, Any]) -> Any:
         """Ask it, with these parameters; return the cursor's result."""
         return connection.execute(self._texts[connection.dialect.name], scope)

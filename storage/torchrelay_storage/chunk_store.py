@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, text
 
@@ -23,8 +23,7 @@ from torchrelay_storage.waiting import WaitingChunks, not_paused
 EXPIRE_SLICE = 200
 
 
-@dataclass(frozen=True, slots=True)
-class ClaimedJob:
+class ClaimedJob(NamedTuple):  # which is made at a quarter of a dataclass' cost, a million times
     """An open job of a claimed chunk. `input` is encoded as in `values`."""
 
     id: int
@@ -71,7 +70,7 @@ _ALIVE = "AND EXISTS (SELECT 1 FROM workers w WHERE w.id = :worker AND w.stopped
 _LET_WAIT = _chunks("UPDATE chunks SET state = 0, announced_at = NULL WHERE id IN :chunks AND state = 1")
 
 _READ_JOBS = OfChunks("""
-    SELECT j.id, j.chunk, j.input, j.failures FROM {chunk_jobs}
+    SELECT j.id, j.input, j.failures, j.chunk FROM {chunk_jobs}
     WHERE c.id IN :chunks AND j.state = 0 ORDER BY j.id
 """)
 
@@ -160,7 +159,7 @@ class ChunkStore(WaitingChunks, LostChunks):
             return []
         rows = connection.execute(self._claim, {"chunks": chunks, "worker": worker, "now": now}).all()
         jobs: dict[int, list[ClaimedJob]] = {row.id: [] for row in rows}
-        for job, chunk, data, failures in _READ_JOBS.on(connection, {"chunks": list(jobs)}):
+        for job, data, failures, chunk in _READ_JOBS.fetch(connection, {"chunks": list(jobs)}):
             jobs[chunk].append(ClaimedJob(job, data, failures))
         taken = [
             Claimed(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
+from itertools import accumulate, chain, repeat
 from typing import Protocol, TypeAlias
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL
 
+from torchrelay_storage.outcomes import Successes
+
 JobTuple: TypeAlias = tuple[int, int, int | None, bytes, bytes | None]  # id, chunk, batch, input, metadata
-FinishRow: TypeAlias = tuple[int, int, int, bytes | None, bytes | None, int]  # id, chunk, end, output, error, failed
+FailedRow: TypeAlias = tuple[int, int, bytes | None]  # id, chunk, error
 
 
 class Fault(Enum):
@@ -24,6 +27,12 @@ class Fault(Enum):
     AWAY = ("does not answer", True)  # another connection may find it
     CLOSED = ("cannot be opened or written", False)
     FULL = ("has no room left", False)
+
+
+def homes(first: int, sizes: Sequence[int]) -> Iterator[int]:
+    """Return the chunk of each of many jobs with consecutive ids; a chunk is named after its first job."""
+    starts = accumulate(sizes, initial=first)
+    return chain.from_iterable(map(repeat, starts, sizes))
 
 
 class Dialect(Protocol):
@@ -42,4 +51,8 @@ class Dialect(Protocol):
     def engine(self, url: URL, pool_size: int) -> Engine: ...
     def fault(self, error: BaseException) -> Fault | None: ...
     def insert_jobs(self, connection: Connection, rows: Sequence[JobTuple]) -> None: ...
-    def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int: ...
+    def insert_inputs(
+        self, connection: Connection, first: int, sizes: Sequence[int], batch: int, inputs: Sequence[bytes]
+    ) -> None: ...
+    def succeed_jobs(self, connection: Connection, done: Sequence[Successes], worker: int, now: float) -> int: ...
+    def fail_jobs(self, connection: Connection, rows: Sequence[FailedRow], worker: int, now: float) -> int: ...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, count
 from typing import Any, cast
 
 import psycopg
@@ -11,9 +14,10 @@ from sqlalchemy.engine import URL, ExceptionContext
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from torchrelay_storage.dialect import Fault, FinishRow, JobTuple
-from torchrelay_storage.states import End
+from torchrelay_storage.dialect import FailedRow, Fault, JobTuple, homes
+from torchrelay_storage.outcomes import Successes
 
+SPAN_FROM = 16  # successes of a chunk from which they have a statement of their own
 COPY_FROM = 32  # rows from which COPY beats an INSERT with arrays
 
 # A client that was stopped in the middle of a transaction keeps its locks for so long. None of ours thinks longer.
@@ -82,27 +86,73 @@ class Postgresql:
             columns = [list(column) for column in zip(*rows, strict=True)]
             connection.exec_driver_sql(_INSERT, tuple(columns))
             return
-        driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
-        try:
-            with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
-                copy.set_types(["int8", "int8", "int8", "bytea", "bytea"])
-                for row in rows:
-                    copy.write_row(row)
-        except psycopg.Error as error:  # as SQLAlchemy would name it, past which this went
-            if driver.closed:
-                connection.invalidate()
-            raise DBAPIError.instance(_COPY, None, error, psycopg.Error, hide_parameters=True) from error
+        with _copying(connection, _COPY) as copy:
+            copy.set_types(["int8", "int8", "int8", "bytea", "bytea"])
+            for row in rows:
+                copy.write_row(row)
 
-    def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int:
+    def insert_inputs(
+        self, connection: Connection, first: int, sizes: Sequence[int], batch: int, inputs: Sequence[bytes]
+    ) -> None:
+        """Insert jobs with consecutive ids, in chunks of these sizes, each named after its first job.
+
+        Rows in the binary format of COPY (https://www.postgresql.org/docs/current/sql-copy.html), made here: psycopg's
+        `write_row` takes twice as long as the server does.
+        """
+        head = _ROW.pack
+        rows = (
+            head(4, 8, job, 8, chunk, 8, batch, len(data)) + data
+            for job, chunk, data in zip(count(first), homes(first, sizes), inputs, strict=False)
+        )
+        with _copying(connection, _COPY_INPUTS) as copy:
+            copy.write(b"".join((_COPY_HEADER, *rows, _COPY_TRAILER)))
+
+    def succeed_jobs(self, connection: Connection, done: Sequence[Successes], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
-        succeeded = [(job, chunk, output) for job, chunk, end, output, *_ in rows if end == End.SUCCEEDED]
-        others = [row for row in rows if row[2] != End.SUCCEEDED]
         written = 0
-        for statement, some in ((_SUCCEED, succeeded), (_FINISH, others)):
-            if some:
-                columns = [list(column) for column in zip(*some, strict=True)]
-                written += connection.exec_driver_sql(statement, (worker, now, *columns)).rowcount
+        for group in (g for g in done if len(g.jobs) >= SPAN_FROM):
+            written += connection.exec_driver_sql(_SUCCEED_SPAN, (worker, now, *_span(group))).rowcount
+        if few := [g for g in done if len(g.jobs) < SPAN_FROM]:
+            rows = [(job, g.chunk, output) for g in few for job, output in zip(g.jobs, g.outputs, strict=True)]
+            columns = [list(column) for column in zip(*rows, strict=True)]
+            written += connection.exec_driver_sql(_SUCCEED, (worker, now, *columns)).rowcount
         return written
+
+    def fail_jobs(self, connection: Connection, rows: Sequence[FailedRow], worker: int, now: float) -> int:
+        """Write the last failures of open jobs; return how many rows were still open and of the chunk named."""
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        return connection.exec_driver_sql(_FAIL, (worker, now, *columns)).rowcount
+
+
+@contextmanager
+def _copying(connection: Connection, statement: str) -> Iterator[psycopg.Copy]:
+    driver = cast("psycopg.Connection[Any]", connection.connection.driver_connection)
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            yield copy
+    except psycopg.Error as error:  # as SQLAlchemy would name it, past which this went
+        if driver.closed:
+            connection.invalidate()
+        raise DBAPIError.instance(statement, None, error, psycopg.Error, hide_parameters=True) from error
+
+
+def _span(group: Successes) -> tuple[object, ...]:
+    """Return the parameters of `_SUCCEED_SPAN` after the first two."""
+    first, last = min(group.jobs), max(group.jobs)
+    if first - 1 + len(group.jobs) == last and list(group.jobs) == list(range(first, last + 1)):
+        outputs: Sequence[bytes | None] = group.outputs
+        lengths = [len(output or b"") for output in outputs]
+    else:
+        outputs = [None] * (last - first + 1)
+        lengths = [-1] * len(outputs)  # not among them
+        for job, output in zip(group.jobs, group.outputs, strict=True):
+            outputs[job - first] = output
+            lengths[job - first] = len(output or b"")
+    whole = b"".join(filter(None, outputs))
+    starts = list(accumulate((max(0, n) for n in lengths), initial=1))
+    for column in (starts, lengths):
+        column.append(_INT4)
+    return whole, starts, first, lengths, first, first, last, group.chunk, lengths, first
 
 
 def _fault(error: BaseException) -> Fault | None:
@@ -152,17 +202,31 @@ _GREET = """
 """
 _COPY = "COPY jobs (id, chunk, batch, input, metadata) FROM STDIN (FORMAT BINARY)"
 
-# Arrays in binary (%b): as text they cost more than the update itself. Successes, the usual case, need fewer of them.
+_COPY_INPUTS = "COPY jobs (id, chunk, batch, input) FROM STDIN (FORMAT BINARY)"
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_TRAILER = b"\xff\xff"
+_ROW = struct.Struct(">hiqiqiqi")  # number of fields; then of each its length, and itself
+
+# Arrays in binary (%b): as text they cost more than the update itself.
 _SUCCEED = """
     UPDATE jobs SET state = 1, output = u.output, error = NULL, worker = %s, finished_at = %s
     FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[]) AS u(id, chunk, output)
     WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0
 """
-_FINISH = """
-    UPDATE jobs SET state = u.state, output = u.output, error = u.error, failures = failures + u.failed, worker = %s,
-        finished_at = %s
-    FROM unnest(%b::bigint[], %b::bigint[], %b::smallint[], %b::bytea[], %b::bytea[], %b::smallint[])
-        AS u(id, chunk, state, output, error, failed)
+# psycopg sends ints in the smallest type that holds them all; were that not int4, the server would cast the whole array
+# for each row.
+_INT4 = 1 << 30
+
+# Many of one chunk: its range of ids, each with its slice of all outputs in one. A join with arrays is at the mercy of
+# the planner, which knows nothing of rows that came after its statistics, and then compares each with each.
+_SUCCEED_SPAN = """
+    UPDATE jobs SET state = 1, error = NULL, worker = %s, finished_at = %s,
+        output = substr(%b::bytea, (%b::int[])[id - %s + 1], (%b::int[])[id - %s + 1])
+    WHERE id BETWEEN %s AND %s AND chunk = %s AND state = 0 AND (%b::int[])[id - %s + 1] >= 0
+"""
+_FAIL = """
+    UPDATE jobs SET state = 2, error = u.error, failures = failures + 1, worker = %s, finished_at = %s
+    FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[]) AS u(id, chunk, error)
     WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0
 """
 _INSERT = """

@@ -15,10 +15,11 @@ from sqlalchemy.exc import IntegrityError
 
 from torchrelay_storage.aliases import check_alias
 from torchrelay_storage.database import Database
+from torchrelay_storage.enqueue import REDRAWS
 from torchrelay_storage.errors import JobNotFound, KeyConflict
 from torchrelay_storage.ids import LARGEST, Kind, draw, show
 from torchrelay_storage.job_reader import JobRow, condition
-from torchrelay_storage.job_store import REDRAWS, JobStore
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion, check_name
 from torchrelay_storage.run_spec import RunSpec

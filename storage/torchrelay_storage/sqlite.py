@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from itertools import chain, count, repeat
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
-from torchrelay_storage.dialect import Fault, FinishRow, JobTuple
+from torchrelay_storage.dialect import FailedRow, Fault, JobTuple, homes
+from torchrelay_storage.outcomes import Successes
+from torchrelay_storage.states import End
 
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another; one writes at a time, and none takes long
 
@@ -72,14 +75,29 @@ class Sqlite:
             "INSERT INTO jobs (id, chunk, batch, input, metadata) VALUES (?, ?, ?, ?, ?)", _many(rows)
         )
 
-    def finish_jobs(self, connection: Connection, rows: Sequence[FinishRow], worker: int, now: float) -> int:
+    def insert_inputs(
+        self, connection: Connection, first: int, sizes: Sequence[int], batch: int, inputs: Sequence[bytes]
+    ) -> None:
+        """Insert jobs with consecutive ids, in chunks of these sizes, each named after its first job."""
+        rows = zip(count(first), homes(first, sizes), repeat(batch), inputs, strict=False)
+        connection.exec_driver_sql("INSERT INTO jobs (id, chunk, batch, input) VALUES (?, ?, ?, ?)", list(rows))
+
+    def succeed_jobs(self, connection: Connection, done: Sequence[Successes], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
-        result = connection.exec_driver_sql(
-            f"UPDATE jobs SET state = ?, output = ?, error = ?, failures = failures + ?, worker = {worker:d}, "
-            f"finished_at = {now!r} WHERE id = ? AND chunk = ? AND state = 0",
-            _many([(state, output, error, failed, job, chunk) for job, chunk, state, output, error, failed in rows]),
+        statement = (
+            f"UPDATE jobs SET state = {End.SUCCEEDED:d}, output = ?, error = NULL, worker = {worker:d}, "
+            f"finished_at = {now!r} WHERE id = ? AND chunk = ? AND state = 0"
         )
-        return result.rowcount
+        rows = chain.from_iterable(zip(g.outputs, g.jobs, repeat(g.chunk), strict=False) for g in done)
+        return connection.exec_driver_sql(statement, list(rows)).rowcount
+
+    def fail_jobs(self, connection: Connection, rows: Sequence[FailedRow], worker: int, now: float) -> int:
+        """Write the last failures of open jobs; return how many rows were still open and of the chunk named."""
+        statement = (
+            f"UPDATE jobs SET state = {End.FAILED:d}, error = ?, failures = failures + 1, worker = {worker:d}, "
+            f"finished_at = {now!r} WHERE id = ? AND chunk = ? AND state = 0"
+        )
+        return connection.exec_driver_sql(statement, [(error, job, chunk) for job, chunk, error in rows]).rowcount
 
 
 def _many(rows: Sequence[tuple[Any, ...]]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torchrelay_storage.errors import KeyConflict
 from torchrelay_storage.options import Options
@@ -89,6 +90,20 @@ def runs(submission: Submission, taken: dict[int, Submitted | KeyConflict]) -> I
         run.append(i)
     if run:
         yield run
+
+
+def spans(version: ModelVersion, inputs: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+    """Cut inputs into chunks as `runs` does: where each begins, and how many it takes."""
+    most = min(version.chunk_size, MAX_CHUNK)
+    start = 0
+    while start < len(inputs):
+        some = inputs[start : start + most]
+        n = len(some)
+        if sum(map(len, some)) > CHUNK_BYTES:
+            sizes = accumulate(map(len, some))
+            n = max(1, sum(1 for size in sizes if size <= CHUNK_BYTES))
+        yield start, n
+        start += n
 
 
 def chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now: float) -> dict[str, object]:

@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from operator import itemgetter
 from typing import Any, NoReturn
 
 import orjson
@@ -56,6 +57,9 @@ _LENGTH = struct.Struct("<Q")
 # What orjson.dumps returns holds on to the buffer that it grew in, 4 KB for a value of ten bytes: many that are kept
 # take 400 MB per 100,000, and most of the time goes into those pages. `memoryview(x).tobytes()` is the quickest copy.
 _trimmed = memoryview
+
+_TOGETHER = 1 << 20  # bytes that are decoded at once: they are copied for it
+_FIRST = itemgetter(0)
 
 _ACCEPTED = (
     "accepted are None, bool, int, finite float, str, bytes, NumPy arrays, torch tensors, "
@@ -169,6 +173,23 @@ def decode(data: Stored, *, tensors: Tensors | None = None) -> Any:
         (leaf,) = arrays.read(data[1:], ["array" if tag == ARRAY else "tensor"])
         return arrays.build(leaf, tensors)
     return data[1:]
+
+
+def decode_many(stored: Sequence[bytes]) -> list[Any] | None:
+    """Return the values behind many small stored JSON values, at a fraction of what `decode` of each costs.
+
+    Returns:
+        None: one of them is something else, is damaged, or they are large; `decode` each to learn more.
+    """
+    if not stored or sum(map(len, stored)) > _TOGETHER or min(map(_FIRST, stored)) < _SPACE:
+        return None
+    joined = b"[%b]" % b",".join(stored)
+    try:
+        # A space before a comma marks ints beyond 64 bits, which orjson would turn into floats.
+        found = orjson.loads(joined) if b" ," not in joined and joined[-2] != _SPACE else []
+    except ValueError:
+        return None
+    return found if len(found) == len(stored) else None
 
 
 def media_type(data: Stored) -> str:

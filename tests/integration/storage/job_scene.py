@@ -13,9 +13,10 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_error import JobError, encode_error
 from torchrelay_storage.job_reader import JobRow
-from torchrelay_storage.job_store import Finished, JobStore, Outcome
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.lost import Evidence
 from torchrelay_storage.options import Options
+from torchrelay_storage.outcomes import Finished, Outcome
 from torchrelay_storage.registry import Registry
 from torchrelay_storage.schema import metadata
 from torchrelay_storage.settle import Moved

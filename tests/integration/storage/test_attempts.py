@@ -12,8 +12,8 @@ from torchrelay_storage import ids
 from torchrelay_storage.database import Database
 from torchrelay_storage.errors import JobNotFound
 from torchrelay_storage.job_error import JobError
-from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.lost import Evidence
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.retention import Retention
 from torchrelay_storage.states import End, JobState
 

@@ -18,8 +18,8 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.ids import draw
 from torchrelay_storage.job_error import JobError, encode_error
 from torchrelay_storage.job_reader import JobFilter
-from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.options import Options
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.registry import ModelVersion
 from torchrelay_storage.retention import Retention
 from torchrelay_storage.run_log import append_lines

@@ -11,8 +11,8 @@ from integration.storage.job_scene import Scene
 from torchrelay_storage import faults
 from torchrelay_storage.database import Database
 from torchrelay_storage.job_reader import JobFilter
-from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.lost import Evidence
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.states import End
 
 

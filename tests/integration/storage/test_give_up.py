@@ -11,9 +11,9 @@ from sqlalchemy import text
 from integration.storage import run_scene
 from integration.storage.job_scene import ERROR, Scene
 from torchrelay_storage.database import Database
-from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.lost import SINGLES, Evidence
 from torchrelay_storage.options import Backoff
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.states import End, JobState
 
 

@@ -10,8 +10,9 @@ from sqlalchemy import text
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
-from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.options import Options
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.states import CHUNK_MOVES, JOB_MOVES, ChunkState, End
 from torchrelay_storage.submission import NewJob, Submission

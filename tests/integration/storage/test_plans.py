@@ -96,3 +96,17 @@ def test_no_move_reads_all_jobs(database: Database, move: str) -> None:
     MOVES[move](scene, jobs)
     database.dispose()
     assert _read_in_passing(database) - before < WAITING
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_no_finish_of_a_large_chunk_reads_all_jobs(database: Database) -> None:
+    scene = Scene(database, chunk_size=1000)
+    jobs = scene.submit(WAITING)
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE jobs, chunks"))
+    database.dispose()
+    before = _read_in_passing(database)
+    assert scene.finish(scene.claim(jobs[0])).recorded == 1000
+    assert scene.finish(scene.claim(jobs[1000]), jobs=jobs[1000:2000:2]).recorded == 500
+    database.dispose()
+    assert _read_in_passing(database) - before < WAITING

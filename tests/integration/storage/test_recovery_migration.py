@@ -16,8 +16,9 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_error import JobError
 from torchrelay_storage.job_reader import JobFilter
-from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.lost import Evidence
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.registry import Registry
 from torchrelay_storage.retention import Retention
 from torchrelay_storage.runs import RunStore

@@ -13,9 +13,9 @@ from torchrelay_storage import retries
 from torchrelay_storage.batch_store import BatchStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.job_reader import JobFilter
-from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.lost import Evidence
 from torchrelay_storage.options import Backoff, Options
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.settle import Moved, settle
 from torchrelay_storage.states import End, JobState
 

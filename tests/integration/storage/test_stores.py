@@ -16,8 +16,9 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.errors import BatchNotFound, InvalidInput, KeyConflict, ModelNotFound
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_reader import JobFilter
-from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.options import Backoff, Options
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.retention import Retention
 from torchrelay_storage.states import End, JobState
@@ -184,7 +185,7 @@ def test_ids_that_were_drawn_twice_are_drawn_again(
 ) -> None:
     taken = submit(database, version, 2)
     draws = iter([taken[0], ids.draw(2)])
-    monkeypatch.setattr("torchrelay_storage.job_store.draw", lambda n=1: next(draws))
+    monkeypatch.setattr("torchrelay_storage.enqueue.draw", lambda n=1: next(draws))
     again = submit(database, version, 2)
     assert not set(again) & set(taken)
 

@@ -15,8 +15,9 @@ from torchrelay.settings import Settings
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
-from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.options import Options
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.states import End
 from torchrelay_storage.submission import NewJob, Submission, Submitted

@@ -21,7 +21,8 @@ from torchrelay_storage.chunk_store import ChunkStore, Claimed
 from torchrelay_storage.database import Database
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.job_error import JobError, encode_error
-from torchrelay_storage.job_store import JobStore, Outcome
+from torchrelay_storage.job_store import JobStore
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.run_writer import NewVersion, Order, Point, Progress, RunHold, RunWriter
 from torchrelay_storage.states import End

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from servers import wait_until
 from torchrelay_storage import values
 from torchrelay_storage.errors import Unreachable
-from torchrelay_storage.job_store import Outcome
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.states import End
 from torchrelay_worker.pipeline import recorder
 from torchrelay_worker.pipeline.device import CANCEL_SECONDS, DeviceLost, is_lost, is_out_of_memory
