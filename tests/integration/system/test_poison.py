@@ -68,6 +68,17 @@ def test_a_forward_that_never_returns(relay: Relay, start: Callable[..., Any]) -
     assert relay.submit("poison", 2).result(timeout=60) == 4, "the process was replaced"
 
 
+def test_a_forward_that_never_returns_beside_jobs_that_may_take_longer(relay: Relay, start: Callable[..., Any]) -> None:
+    poison(relay, start, "hang")
+    relay.pause("poison")
+    batch = relay.submit_batch("poison", [10, POISON, 12], timeout=3)
+    mates = relay.submit_batch("poison", range(20, 24))  # the model lets them have ten minutes
+    relay.resume("poison")
+    counts = batch.wait(timeout=120)
+    assert (counts.succeeded, counts.failed) == (2, 1)
+    assert mates.wait(timeout=60).succeeded == 4
+
+
 def test_a_cancel_frees_the_device(relay: Relay, start: Callable[..., Any]) -> None:
     poison(relay, start, "hang")
     job = relay.submit("poison", POISON)

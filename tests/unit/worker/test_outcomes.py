@@ -24,7 +24,6 @@ from torchrelay_worker.pipeline.outcomes import (
     describe,
     failed,
     limit,
-    succeeded,
 )
 from worker_fakes import Loaded, Plus, chunk
 
@@ -91,9 +90,10 @@ def test_a_failure_waits_no_longer_than_the_policy_lets_it(failures: int) -> Non
     assert 0.0 <= retry_in <= min(DEFAULT_BACKOFF.longest, 2.0**failures)
 
 
-def test_a_batch_may_take_the_longest_of_its_jobs_timeouts() -> None:
-    assert limit([work(timeout=5.0), work(timeout=2.0)], Plus()) == 5.0
-    assert limit([work(timeout=5.0), work()], Plus()) == Plus.timeout
+def test_a_batch_may_take_the_shortest_of_its_jobs_timeouts() -> None:
+    assert limit([work(timeout=5.0).hold, work(timeout=2.0).hold], Plus()) == 2.0
+    assert limit([work(timeout=5.0).hold, work().hold], Plus()) == 5.0, "and not the model's, which is longer"
+    assert limit([work().hold], Plus()) == Plus.timeout
 
 
 @pytest.mark.parametrize("error", [InvalidInput("x"), Corrupt("x"), NotFound("x"), BadOutput("x"), Timeout("x")])
@@ -117,8 +117,3 @@ def test_the_model_says_what_is_tried_again() -> None:
     assert failed(it, ValueError()).end is End.FAILED
     assert failed(it, ConnectionError()).end is End.OPEN
     assert failed(it, LoadFailed("x")).end is End.OPEN
-
-
-def test_a_success() -> None:
-    outcome = succeeded(work(), b"1")
-    assert (outcome.job, outcome.chunk, outcome.token, outcome.end, outcome.output) == (100, 1, 4, End.SUCCEEDED, b"1")

@@ -67,7 +67,7 @@ def test_what_is_too_long_runs_alone_where_the_model_lets_it() -> None:
 def stored(line: Line, claimed: Claimed, value: Any) -> Claimed:
     """The chunk with its first input replaced by a reference to an artifact."""
     data = store_large(line.artifacts, values.encode(value), "jobs/x/input", 0)
-    return dataclasses.replace(claimed, jobs=(dataclasses.replace(claimed.jobs[0], input=data), *claimed.jobs[1:]))
+    return dataclasses.replace(claimed, jobs=(claimed.jobs[0]._replace(input=data), *claimed.jobs[1:]))
 
 
 def test_large_inputs_are_fetched() -> None:
@@ -93,7 +93,7 @@ def test_an_input_that_is_gone_or_damaged_fails_alone() -> None:
     with Line(Plus()) as line:
         gone = stored(line, chunk(1, [0, 1]), 41)
         line.artifacts.delete([values.as_reference(gone.jobs[0].input).uri])  # type: ignore[union-attr]
-        broken = dataclasses.replace(chunk(2, [3]), jobs=(dataclasses.replace(chunk(2, [3]).jobs[0], input=b"{"),))
+        broken = dataclasses.replace(chunk(2, [3]), jobs=(chunk(2, [3]).jobs[0]._replace(input=b"{"),))
         assert types(line, gone, broken) == {100: "NotFound", 101: 2.0, 200: "Corrupt"}
         assert {o.end for o in line.store.outcomes.values()} == {End.SUCCEEDED, End.FAILED}
 
@@ -201,7 +201,7 @@ def test_a_store_in_trouble_is_not_the_inputs_fault() -> None:
     line = Line(Plus())
     reference = store_large(line.artifacts, values.encode(4), "inputs/1", 0)
     claimed = chunk(1, [0], timeout=2.0)
-    claimed = dataclasses.replace(claimed, jobs=(dataclasses.replace(claimed.jobs[0], input=reference),))
+    claimed = dataclasses.replace(claimed, jobs=(claimed.jobs[0]._replace(input=reference),))
     lefts: list[float] = []
     load = line.preparer._load
     line.preparer._load = lambda data: (lefts.append(line.watch.left() or 0), load(data))[1]  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from torchrelay_worker.blackbox import BlackBox, scratch
 from torchrelay_worker.models.model import Model, move, nan_rows
 from torchrelay_worker.models.residency import Residency
 from torchrelay_worker.pipeline.batcher import Batch, Batcher
-from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work, all_wanted, holds_of
 from torchrelay_worker.pipeline.outcomes import BadOutput, NotANumber, Timeout, limit
 from torchrelay_worker.pipeline.recorder import Ran, Recorder
 from torchrelay_worker.pipeline.watch import GRACE_SECONDS, Watch
@@ -77,6 +77,7 @@ class Device:
         self._recorder = recorder
         self._ledger = ledger
         self._residency = residency
+        self._is_apart = residency.device.type != "cpu"  # its memory is not the CPU's, and tensors must be moved
         self._watch = watch
         self._fatal = fatal
         self._clock = clock
@@ -164,15 +165,17 @@ class Device:
     # --- one batch ----------------------------------------------------------------------------------------
 
     def _launch(self, batch: Batch[Work]) -> Launched | None:
-        works = [w for w in batch.items if w.is_wanted]
-        if len(works) < len(batch.items):
-            self._ledger.ended([w for w in batch.items if not w.is_wanted])
-        if not works:
-            return None
+        works = batch.items
+        holds = holds_of(works)
+        if not all_wanted(holds):
+            self._ledger.ended([w for w in works if not w.is_wanted])
+            works = [w for w in works if w.is_wanted]
+            if not works:
+                return None
         resident = works[0].hold.resident
         assert resident is not None
         model = resident.model
-        watched = self._watch.begin(limit(works, model), "a device batch", GRACE_SECONDS)
+        watched = self._watch.begin(limit(holds, model), "a device batch", GRACE_SECONDS)
         noted = self._box.launched([work.job for work in works])
         launched = Launched(batch.version, model, works, self._clock(), watched, noted)
         self._launched.append(launched)
@@ -184,7 +187,9 @@ class Device:
 
     def _forward(self, model: Model, works: Sequence[Work]) -> Any:
         with torch.inference_mode():
-            inputs = move(model.collate([w.prepared for w in works]), self._residency.device)
+            inputs = model.collate([w.prepared for w in works])
+            if self._is_apart:
+                inputs = move(inputs, self._residency.device)
             return model.forward(inputs)
 
     def _settle(self, launched: Launched) -> None:
@@ -220,7 +225,8 @@ class Device:
         return ran
 
     def _collect(self, model: Model, works: Sequence[Work], outputs: Any) -> Ran:
-        outputs = move(outputs, torch.device("cpu"))
+        if self._is_apart:
+            outputs = move(outputs, torch.device("cpu"))
         n = len(works)
         bad = nan_rows(outputs, n) if model.check_nan else set()
         parts = model.split(outputs, n)
@@ -254,7 +260,7 @@ class Device:
         middle = len(works) // 2
         for half in (works[:middle], works[middle:]):
             half_error: BaseException | None = None
-            self._watch.renew(launched.watched, limit(half, model), GRACE_SECONDS)
+            self._watch.renew(launched.watched, limit(holds_of(half), model), GRACE_SECONDS)
             try:
                 part = self._collect(model, half, self._forward(model, half))
             except BaseException as again:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torchrelay_storage.chunk_store import Claimed
@@ -55,9 +56,9 @@ class Hold:
 
 
 class Work:
-    """One job on its way. What the batcher asks for in its inner loops are plain attributes."""
+    """One job on its way. There may be a hundred thousand a second, so it holds what only it knows."""
 
-    __slots__ = ("arrived", "failures", "hold", "job", "length", "prepared", "priority")
+    __slots__ = ("failures", "hold", "job", "length", "prepared")
 
     def __init__(self, hold: Hold, job: int, failures: int, prepared: Any = None, length: int | None = None) -> None:
         self.hold = hold
@@ -65,13 +66,34 @@ class Work:
         self.failures = failures
         self.prepared = prepared
         self.length = length
-        self.priority = hold.claimed.priority
-        self.arrived = hold.arrived
+
+    @property
+    def priority(self) -> int:
+        """Its chunk's."""
+        return self.hold.claimed.priority
+
+    @property
+    def arrived(self) -> float:
+        """When its chunk was claimed."""
+        return self.hold.arrived
 
     @property
     def is_wanted(self) -> bool:
         """Whether somebody still waits for its result."""
         return not self.hold.dropped and self.job not in self.hold.cancelled
+
+
+_hold_of = attrgetter("hold")
+
+
+def holds_of(works: Iterable[Work]) -> Counter[Hold]:
+    """Return the chunks that these jobs are of, and how many of each they are."""
+    return Counter(map(_hold_of, works))
+
+
+def all_wanted(holds: Iterable[Hold]) -> bool:
+    """Whether none of these chunks was dropped, and no job of them cancelled."""
+    return not any(hold.dropped or hold.cancelled for hold in holds)
 
 
 class Ledger:
@@ -101,13 +123,9 @@ class Ledger:
         Returns:
             How many chunks of each model have ended with them.
         """
-        by_hold: dict[int, list[Any]] = {}
-        for work in works:
-            entry = by_hold.setdefault(work.hold.claimed.chunk, [work.hold, 0])
-            entry[1] += 1
         gone = []
         with self._lock:
-            for hold, n in by_hold.values():
+            for hold, n in holds_of(works).items():
                 if hold.left <= 0:
                     continue
                 less = min(n, hold.left)

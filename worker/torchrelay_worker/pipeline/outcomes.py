@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 
 from torchrelay_storage.errors import Corrupt, InvalidInput, NotFound, RelayError
-from torchrelay_storage.job_store import Outcome
 from torchrelay_storage.options import DEFAULT_BACKOFF, Backoff
+from torchrelay_storage.outcomes import Outcome
 from torchrelay_storage.states import End
-from torchrelay_worker.pipeline.ledger import Work
+from torchrelay_worker.pipeline.ledger import Hold, Work
 
 if TYPE_CHECKING:
     from torchrelay_worker.models.model import Model
@@ -63,10 +63,17 @@ def _is_theirs(filename: str) -> bool:
     return not path.is_relative_to(_OWN) or (path.parent.name == "models" and path.stem not in _MACHINERY)
 
 
-def limit(works: Sequence[Work], model: Model) -> float:
-    """Return the seconds that a device batch may take: the longest of its jobs' timeouts, where none, the model's."""
-    timeouts = {w.hold.claimed.timeout for w in works}
-    return max(float(model.timeout) if t is None else t for t in timeouts)
+def limit(holds: Iterable[Hold], model: Model) -> float:
+    """Return the seconds that a device batch may take: the shortest of its jobs' timeouts, where none, the model's.
+
+    Whoever shares it with a job of a shorter timeout than it needs itself loses nothing but time: should that one be
+    overrun, all of them come back, and each runs alone.
+
+    Args:
+        holds: the chunks that its jobs are of.
+    """
+    timeouts = {hold.claimed.timeout for hold in holds}
+    return min(float(model.timeout) if t is None else t for t in timeouts)
 
 
 def backoff(work: Work) -> Backoff:
@@ -92,9 +99,3 @@ def _may_retry(work: Work, error: BaseException) -> bool:
         return True
     resident = work.hold.resident
     return isinstance(error, resident.model.retry_on if resident is not None else Exception)
-
-
-def succeeded(work: Work, output: bytes) -> Outcome:
-    """Return the outcome of a job with this encoded output."""
-    claimed = work.hold.claimed
-    return Outcome(work.job, claimed.chunk, claimed.token, End.SUCCEEDED, output=output)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import structlog
 import tenacity
@@ -18,7 +20,7 @@ from torchrelay_storage.artifacts import Artifacts, load_large
 from torchrelay_storage.chunk_store import ClaimedJob
 from torchrelay_storage.errors import InvalidInput, Unreachable
 from torchrelay_worker.blackbox import BlackBox, Slot, scratch
-from torchrelay_worker.models.residency import Resident
+from torchrelay_worker.models.model import Model
 from torchrelay_worker.pipeline.batcher import Batcher
 from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
 from torchrelay_worker.pipeline.recorder import Ran, Recorder
@@ -113,33 +115,38 @@ class Preparer:
     def _prepare(self, hold: Hold, jobs: Sequence[ClaimedJob], slot: Slot) -> None:
         resident = hold.resident
         assert resident is not None
+        model = resident.model
         # A job's own timeout is for one input; a slice of several has the model's.
         own = hold.claimed.timeout
-        seconds = float(resident.model.timeout) if own is None else own
+        seconds = float(model.timeout) if own is None else own
+        preprocess, has_length = model.preprocess, model.has_length
         cell = slot.cell
         works: list[Work] = []
         forgotten: list[Work] = []
         ran = Ran()
-        now = self._now
+        now, is_closing = self._now, self._closing.is_set
+        # Most inputs are small JSON: parsed together they cost a third.
+        parsed: Iterable[Any] = values.decode_many([job.input for job in jobs]) or repeat(_LATER, len(jobs))
         with self._watch.running(seconds, "preprocessing") as key:
             try:
-                for job in jobs:
-                    if self._closing.is_set():
+                for (job, data, failures), value in zip(jobs, parsed, strict=True):
+                    if is_closing():
                         return
-                    work = Work(hold, job.id, job.failures)
-                    if not work.is_wanted:
+                    work = Work(hold, job, failures)
+                    if hold.dropped or job in hold.cancelled:
                         forgotten.append(work)
                         continue
-                    cell[0] = job.id
+                    cell[0] = job
                     now[key] = work
                     if own is not None or self._forsaken:
                         self._forsaken.discard(key)
                         self._watch.renew(key, seconds, GRACE_SECONDS)
                     try:
-                        data = job.input
-                        if data[:1] == _REFERENCE:
-                            data = self._fetch(data, key, seconds)
-                        self._prepare_one(resident, work, data)
+                        work.prepared = preprocess(
+                            value if value is not _LATER else values.decode(self._whole(data, key, seconds))
+                        )
+                        if has_length:
+                            work.length = _length(model, work.prepared)
                         works.append(work)
                     except BaseException as error:  # the author's code: whatever it raises is this one job's failure
                         ran.failed.append((work, error))
@@ -153,17 +160,10 @@ class Preparer:
             self._ledger.ended(forgotten)
         self._recorder.put(ran)
 
-    def _prepare_one(self, resident: Resident, work: Work, data: bytes) -> None:
-        model = resident.model
-        work.prepared = model.preprocess(values.decode(data))
-        if model.has_length:
-            length = work.length = int(model.length(work.prepared))
-            most = model.max_batch_cost
-            if most is not None and length > most and model.oversize == "refuse":
-                raise InvalidInput(f"the input has a length of {length}, and this model takes at most {most}")
-
-    def _fetch(self, data: bytes, key: int, seconds: float) -> bytes:
-        """Return an input that is an artifact. A store in trouble is no fault of the job."""
+    def _whole(self, data: bytes, key: int, seconds: float) -> bytes:
+        """Return a stored input; one that is an artifact is fetched. A store in trouble is no fault of the job."""
+        if data[:1] != _REFERENCE:
+            return data
         self._watch.renew(key, FETCH_SECONDS)
         try:
             return self._load(data)
@@ -182,3 +182,13 @@ class Preparer:
 
 
 _REFERENCE = bytes((values.REFERENCE,))
+
+_LATER: Any = object()  # in the place of an input that is decoded by itself
+
+
+def _length(model: Model, prepared: Any) -> int:
+    length = int(model.length(prepared))
+    most = model.max_batch_cost
+    if most is not None and length > most and model.oversize == "refuse":
+        raise InvalidInput(f"the input has a length of {length}, and this model takes at most {most}")
+    return length

@@ -7,9 +7,10 @@ Keeps what it has while the database is away. Not here: the statement (`JobStore
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from typing import Any, Protocol
 
 import structlog
@@ -18,10 +19,10 @@ import tenacity
 from torchrelay_storage import faults, values
 from torchrelay_storage.artifacts import Artifacts, job_path, store_large
 from torchrelay_storage.errors import RelayError, Unreachable
-from torchrelay_storage.job_store import Finished, Outcome
+from torchrelay_storage.outcomes import Finished, Outcome, Successes
 from torchrelay_worker.blackbox import BlackBox, scratch
 from torchrelay_worker.pipeline import outcomes
-from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
+from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work, all_wanted, holds_of
 from torchrelay_worker.pipeline.outcomes import BadOutput
 from torchrelay_worker.pipeline.pace import Pace
 from torchrelay_worker.pipeline.watch import Watch
@@ -51,7 +52,7 @@ class Ran:
 class Finishes(Protocol):
     """What the recorder needs of a JobStore."""
 
-    def finish(self, outcomes: Sequence[Outcome], worker: int) -> Finished: ...
+    def finish(self, outcomes: Sequence[Outcome], worker: int, successes: Sequence[Successes] = ()) -> Finished: ...
 
 
 class Recorder:
@@ -157,18 +158,21 @@ class Recorder:
     def _record(self, some: Sequence[Ran]) -> None:
         works: list[Work] = []
         written: list[Outcome] = []
+        successes: list[Successes] = []
         for ran in some:
             for work, error in ran.failed:
                 works.append(work)
                 if work.is_wanted:
                     written.append(outcomes.failed(work, error))
-            done = [(work, output) for work, output in ran.done if work.is_wanted]
-            works.extend(work for work, _ in ran.done)
-            written.extend(self._encoded(done) if done else ())
-        holds = {work.hold for work in works}
+            if ran.done:
+                self._encode(ran, successes, written)
+                works.extend(map(_WORK, ran.done))
+        holds = holds_of(works)
         for hold in holds:
             hold.recording = True
-        finished = self._patiently(lambda: self._store.finish(written, self._worker)) if written else None
+        finished = None
+        if written or successes:
+            finished = self._patiently(lambda: self._store.finish(written, self._worker, successes))
         if finished is not None:
             self.recorded += finished.recorded
             faults.reach("recorded")
@@ -176,56 +180,78 @@ class Recorder:
                 log.info("chunks_refused", chunks=len(finished.dropped))
                 self._ledger.drop(finished.dropped)
             self._publish(finished.chunks, finished.batches)
-        elif written:
-            log.warning("results_lost", jobs=len(written), reason="the database was away until the worker had to end")
-        self._note(works)
+        elif written or successes:
+            lost = len(written) + sum(len(one.jobs) for one in successes)
+            log.warning("results_lost", jobs=lost, reason="the database was away until the worker had to end")
+        self._note(works, holds)
         for hold in holds:
             hold.recording = False
 
-    def _note(self, works: Sequence[Work]) -> None:
-        jobs = Counter(work.hold.claimed.model for work in works)
+    def _note(self, works: Sequence[Work], holds: Mapping[Hold, int]) -> None:
+        jobs: Counter[int] = Counter()
+        for hold, n in holds.items():
+            jobs[hold.claimed.model] += n
         chunks = self._ledger.ended(works)
         for model, n in jobs.items():
             self._pace.ended(model, n, chunks.get(model, 0), self._ledger.ahead(model)[1])
 
-    def _encoded(self, done: Sequence[tuple[Work, Any]]) -> list[Outcome]:
-        decoded: list[tuple[Work, Any]] = []
-        written: list[Outcome] = []
+    def _encode(self, ran: Ran, successes: list[Successes], written: list[Outcome]) -> None:
+        """Decode and encode the outputs of a device batch, and add what became of them to two lists."""
+        by_hold: dict[Hold, list[tuple[Work, Any]]] = defaultdict(list)
+        for done in ran.done:
+            by_hold[done[0].hold].append(done)
+        for hold, some in by_hold.items():
+            wanted = some if all_wanted((hold,)) else [done for done in some if done[0].is_wanted]
+            if wanted:
+                self._encode_of(hold, wanted, successes, written)
+
+    def _encode_of(
+        self, hold: Hold, done: Sequence[tuple[Work, Any]], successes: list[Successes], written: list[Outcome]
+    ) -> None:
+        assert hold.resident is not None
+        decode = hold.resident.model.decode
+        works: list[Work] = []
+        decoded: list[Any] = []
         cell = self._slot.cell
-        resident = done[0][0].hold.resident
-        assert resident is not None
-        seconds = outcomes.limit([work for work, _ in done], resident.model)
+        seconds = outcomes.limit((hold,), hold.resident.model)
         with self._watch.running(seconds, "decoding the outputs of a device batch"):
             for work, output in done:
                 cell[0] = work.job
                 try:
-                    assert work.hold.resident is not None
-                    decoded.append((work, work.hold.resident.model.decode(output)))
+                    decoded.append(decode(output))
                 except BaseException as error:  # the author's code: whatever it raises is this one job's failure
                     written.append(outcomes.failed(work, error))
+                else:
+                    works.append(work)
             cell[0] = 0
+        encoded: Sequence[bytes | RelayError]
         try:
-            encoded: Sequence[bytes | RelayError] = values.encode_many([value for _, value in decoded])
+            encoded = plain = values.encode_many(decoded)
         except RelayError:
-            encoded = [_encode(value) for _, value in decoded]
-        for (work, _), data in zip(decoded, encoded, strict=True):
-            if isinstance(data, RelayError):
-                written.append(outcomes.failed(work, data))
+            encoded = [_encode(value) for value in decoded]
+        else:
+            if max(map(len, plain), default=0) <= self._inline_limit:
+                successes.append(_successes(hold, works, plain))
+                return
+        for work, data in zip(works, encoded, strict=True):
+            stored = data if isinstance(data, RelayError) else self._stored(work, data)
+            if isinstance(stored, RelayError):
+                written.append(outcomes.failed(work, stored))
             else:
-                written.append(self._stored(work, data))
-        return written
+                successes.append(_successes(hold, [work], [stored]))
 
-    def _stored(self, work: Work, data: bytes) -> Outcome:
-        if len(data) > self._inline_limit:
-            path = job_path(work.job, "output")
-            try:
-                stored = self._patiently(lambda: store_large(self._artifacts, data, path, self._inline_limit))
-            except RelayError as error:
-                return outcomes.failed(work, error)
-            if stored is None:
-                return outcomes.failed(work, Unreachable("the artifact store was away when the result was recorded"))
-            data = stored
-        return outcomes.succeeded(work, data)
+    def _stored(self, work: Work, data: bytes) -> bytes | RelayError:
+        """Return what is to be written for an encoded output: itself, or where it is large, where it was put."""
+        if len(data) <= self._inline_limit:
+            return data
+        path = job_path(work.job, "output")
+        try:
+            stored = self._patiently(lambda: store_large(self._artifacts, data, path, self._inline_limit))
+        except RelayError as error:
+            return error
+        if stored is None:
+            return Unreachable("the artifact store was away when the result was recorded")
+        return bytes(stored)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """Do it again and again while the other side is away; None if the worker had to end before."""
@@ -256,3 +282,11 @@ def _encode(value: object) -> bytes | RelayError:
         return values.encode(value)
     except RelayError as error:
         return BadOutput(f"decode returned what cannot be stored: {error}")
+
+
+_WORK = itemgetter(0)
+_JOB = attrgetter("job")
+
+
+def _successes(hold: Hold, works: Sequence[Work], outputs: Sequence[bytes]) -> Successes:
+    return Successes(hold.claimed.chunk, hold.claimed.token, list(map(_JOB, works)), outputs)
