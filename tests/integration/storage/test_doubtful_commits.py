@@ -82,6 +82,14 @@ def test_a_submit(scene: Scene, version: ModelVersion, cut: Cut, n: int, key: st
         assert submit(scene, version, n, key=key) == jobs
 
 
+def test_the_inputs_of_a_batch(scene: Scene, version: ModelVersion, cut: Cut) -> None:
+    batches = BatchStore(scene.database)
+    batch = batches.create(version, Options()).id
+    cut()
+    scene.jobs.extend(Submission(version, Options(), (), batch=batch), [b"%d" % i for i in range(100)])
+    assert count(scene, "jobs") == batches.counts(batch).queued == 100
+
+
 def test_a_finish(scene: Scene, version: ModelVersion, cut: Cut) -> None:
     batch = BatchStore(scene.database).create(version, Options(max_attempts=2)).id
     done, failed, retried, *rest = submit(scene, version, 4, batch)

@@ -152,11 +152,11 @@ def test_a_list_whose_storing_breaks_off_gives_its_room_back(digits: Relay, monk
     class Broken(Exception):
         pass
 
-    def submit(*_: Any) -> Any:
+    def extend(*_: Any) -> Any:
         raise Broken
 
     with monkeypatch.context() as patch:
-        patch.setattr(digits._core.jobs, "submit", submit)
+        patch.setattr(digits._core.jobs, "extend", extend)
         with pytest.raises(Broken) as held:
             digits.submit_batch("double", range(10))
     assert held.value is not None
