@@ -17,6 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from torchrelay_storage.dialect import FailedRow, Fault, JobTuple, homes
 from torchrelay_storage.outcomes import Successes
 
+ROWS = 256  # that are joined with arrays in one statement
 SPAN_FROM = 16  # successes of a chunk from which they have a statement of their own
 COPY_FROM = 32  # rows from which COPY beats an INSERT with arrays
 
@@ -112,16 +113,13 @@ class Postgresql:
         written = 0
         for group in (g for g in done if len(g.jobs) >= SPAN_FROM):
             written += connection.exec_driver_sql(_SUCCEED_SPAN, (worker, now, *_span(group))).rowcount
-        if few := [g for g in done if len(g.jobs) < SPAN_FROM]:
-            rows = [(job, g.chunk, output) for g in few for job, output in zip(g.jobs, g.outputs, strict=True)]
-            columns = [list(column) for column in zip(*rows, strict=True)]
-            written += connection.exec_driver_sql(_SUCCEED, (worker, now, *columns)).rowcount
-        return written
+        few = (g for g in done if len(g.jobs) < SPAN_FROM)
+        rows = [(job, g.chunk, output) for g in few for job, output in zip(g.jobs, g.outputs, strict=True)]
+        return written + _write(connection, _SUCCEED, rows, worker, now)
 
     def fail_jobs(self, connection: Connection, rows: Sequence[FailedRow], worker: int, now: float) -> int:
         """Write the last failures of open jobs; return how many rows were still open and of the chunk named."""
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        return connection.exec_driver_sql(_FAIL, (worker, now, *columns)).rowcount
+        return _write(connection, _FAIL, rows, worker, now)
 
 
 @contextmanager
@@ -134,6 +132,14 @@ def _copying(connection: Connection, statement: str) -> Iterator[psycopg.Copy]:
         if driver.closed:
             connection.invalidate()
         raise DBAPIError.instance(statement, None, error, psycopg.Error, hide_parameters=True) from error
+
+
+def _write(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]], worker: int, now: float) -> int:
+    written = 0
+    for start in range(0, len(rows), ROWS):
+        columns = [list(column) for column in zip(*rows[start : start + ROWS], strict=True)]
+        written += connection.exec_driver_sql(statement, (worker, now, *columns, columns[0])).rowcount
+    return written
 
 
 def _span(group: Successes) -> tuple[object, ...]:
@@ -207,11 +213,12 @@ _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _COPY_TRAILER = b"\xff\xff"
 _ROW = struct.Struct(">hiqiqiqi")  # number of fields; then of each its length, and itself
 
-# Arrays in binary (%b): as text they cost more than the update itself.
+# Arrays in binary (%b): as text they cost more than the update itself. The ids come a second time: where its statistics
+# say that all jobs have ended, PostgreSQL would go through the table for the rest, and compare each with each.
 _SUCCEED = """
     UPDATE jobs SET state = 1, output = u.output, error = NULL, worker = %s, finished_at = %s
     FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[]) AS u(id, chunk, output)
-    WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0
+    WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0 AND jobs.id = ANY(%b::bigint[])
 """
 # psycopg sends ints in the smallest type that holds them all; were that not int4, the server would cast the whole array
 # for each row.
@@ -227,7 +234,7 @@ _SUCCEED_SPAN = """
 _FAIL = """
     UPDATE jobs SET state = 2, error = u.error, failures = failures + 1, worker = %s, finished_at = %s
     FROM unnest(%b::bigint[], %b::bigint[], %b::bytea[]) AS u(id, chunk, error)
-    WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0
+    WHERE jobs.id = u.id AND jobs.chunk = u.chunk AND jobs.state = 0 AND jobs.id = ANY(%b::bigint[])
 """
 _INSERT = """
     INSERT INTO jobs (id, chunk, batch, input, metadata)
