@@ -38,8 +38,10 @@ lint: $(VENV)/.installed-all ## style, formatting, types, and who may import who
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.installed-all ## run the benchmarks of bench/, which print what they measured
-	@for script in $$(grep -l __main__ bench/*.py); do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python $$script || exit; done
+# The peers are installed into environments of their own, at the first run.
+BENCH ?= full
+bench: $(VENV)/.installed-bench ## measure us beside our peers and the limit (20 minutes; BENCH=quick two): docs/performance.md
+	HF_HUB_OFFLINE=1 $(BIN)/python bench $(if $(filter quick,$(BENCH)),--quick) $(ARGS)
 
 docs: $(VENV)/.installed-all ## check the documentation: its links lead somewhere, its code runs as written
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/acceptance/test_readme.py
@@ -63,4 +65,9 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing torchrelay, PyTorch and the test tools into $(VENV) (once; a minute or two) ..."
 	@$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[test,lint]'
+	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-bench: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torchrelay, PyTorch and what the benchmarks need into $(VENV) (once; a minute or two) ..."
+	@$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	@touch $@ $(VENV)/.installed-demo

@@ -35,5 +35,5 @@ def run(specification: Path) -> None:
     print(json.dumps(dict(ended.metrics)))
 
 
-if len(sys.argv) > 1:  # `make bench` runs each file with a main block, and this is none by itself
+if __name__ == "__main__":
     run(Path(sys.argv[1]))

@@ -17,12 +17,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 
+from sqlalchemy import text  # noqa: E402
+
 from servers import PostgresServer, RedisServer  # noqa: E402
 from torchrelay import Relay  # noqa: E402
 from torchrelay.settings import Settings  # noqa: E402
 from torchrelay_storage.database import Database  # noqa: E402
 
-HANDLERS = {"noop": "noop_model:Noop"}
+STOP_SECONDS = 60
+HANDLERS = {"noop": "noop_model:Noop", "sleeper": "sleeper_model:Sleeper"}
 
 
 @contextmanager
@@ -44,29 +47,47 @@ def system(kind: str) -> Iterator[Settings]:
 
 
 @contextmanager
-def workers(settings: Settings, n: int = 1, *arguments: str) -> Iterator[None]:
-    """Run n workers, with these arguments, until the block ends."""
+def workers(settings: Settings, n: int = 1, *arguments: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Run n workers, with these arguments, until the block ends. Yield their supervisors."""
     environment = {**os.environ, **settings.as_environment(), "PYTHONPATH": str(ROOT / "bench")}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torchrelay_worker", "--name", f"bench-{i}", *arguments], env=environment
-        )
-        for i in range(n)
-    ]
+    started = []
+    for i in range(n):
+        command = [sys.executable, "-m", "torchrelay_worker", "--name", f"bench-{i}", *arguments]
+        with _log(settings).open("ab") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        yield
+        yield started
     finally:
         for process in started:
             process.terminate()
         for process in started:
-            process.wait(60)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its inner process sees that, and ends
 
 
 def warm(relay: Relay, model: str, value: object, n: int) -> None:
-    """Wait until n workers have served the model."""
+    """Wait until n workers have the model loaded and have served it."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        relay.submit(model, value).result(timeout=120)
-        if sum(w.alive for w in relay.workers()) >= n:
+        for job in [relay.submit(model, value) for _ in range(n)]:
+            job.result(timeout=120)
+        if _serving(relay) >= n:
             return
-    raise TimeoutError(f"{n} workers did not come up")
+        time.sleep(0.05)
+    log = _log(relay.settings)
+    raise TimeoutError(f"{n} workers did not come up:\n{log.read_text()[-2000:] if log.exists() else ''}")
+
+
+def _log(settings: Settings) -> Path:
+    """Where the workers write what they would tell an operator."""
+    return settings.home / "workers.log"
+
+
+def _serving(relay: Relay) -> int:
+    """Return how many workers have loaded a model: one that is alive may still be importing torch."""
+    statement = text("""
+        SELECT count(DISTINCT w.id) FROM workers w JOIN served s ON s.worker = w.id WHERE w.stopped_at IS NULL
+    """)
+    return int(relay._core.db.query(lambda connection: connection.execute(statement).scalar_one()))
