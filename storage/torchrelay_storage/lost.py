@@ -34,11 +34,13 @@ class Evidence:
         jobs: that it was running: in a device batch, or in an author's own code.
         versions: of models that it was loading.
         timed_out: it was ended because what it ran had overrun its limit.
+        from_outside: it was killed by somebody else, such as the kernel for want of memory, or an operator.
     """
 
     jobs: frozenset[int] = field(default_factory=frozenset)
     versions: frozenset[int] = field(default_factory=frozenset)
     timed_out: bool = False
+    from_outside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ class LostChunks:
         comes back by itself (in halves where they are many) and runs alone. One that was by itself and alone is to
         blame: it fails once, of type WorkerLost, or for good with Timeout where it was ended for overrunning its limit;
         the latter also where nothing else was running.
-        Where nothing ran and a model was being loaded, all that waited for the model fail once.
+        Where nothing ran and a model was being loaded, all that waited for the model fail once; where it was killed
+        from outside meanwhile, only what was there by itself, as a suspect is the next time.
 
         Args:
             ended: how the process ended, such as `killed by SIGSEGV`.
@@ -162,7 +165,8 @@ class LostChunks:
                     continue
                 suspects = [job for job in jobs if job in evidence.jobs]
                 if row.version in evidence.versions and not suspects:
-                    self._not_loaded(connection, row, jobs, ended, now, guilty=not evidence.jobs)
+                    guilty = not evidence.jobs and (row.alone or not evidence.from_outside)
+                    self._not_loaded(connection, row, jobs, ended, now, guilty=guilty)
                 else:
                     guilty = row.alone and len(jobs) == 1
                     self._let_go(connection, row, jobs, jobs if guilty else suspects, loss)

@@ -32,12 +32,12 @@ def described(code: int, killed_for: str | None, last_words: str | None = None) 
     return f"its process ended with exit code {code}{f' ({last_words})' if last_words else ''}"
 
 
-def evidence(inner: Inner) -> Evidence | None:
+def evidence(inner: Inner, *, from_outside: bool = False) -> Evidence | None:
     """Return what the black box says; None: too much to be named."""
     found = inner.box.read()
     if found.overflow:
         return None
-    return Evidence(found.jobs, found.versions, timed_out=inner.overran)
+    return Evidence(found.jobs, found.versions, timed_out=inner.overran, from_outside=from_outside)
 
 
 class Postmortem:
@@ -50,10 +50,14 @@ class Postmortem:
         self._fleet = fleet
         self._publish = publish
 
-    def of_dead(self, inner: Inner, ended: str) -> None:
-        """Give up what a process held that has died of itself, or that was killed for what it ran."""
+    def of_dead(self, inner: Inner, ended: str, *, from_outside: bool = False) -> None:
+        """Give up what a process held that has died of itself, or that was killed for what it ran.
+
+        Args:
+            from_outside: it was killed, and not by its supervisor.
+        """
         try:
-            moved = self._chunks.give_up(inner.worker, ended, evidence(inner))
+            moved = self._chunks.give_up(inner.worker, ended, evidence(inner, from_outside=from_outside))
         except RelayError as error:
             log.info("not_given_up_yet", reason=str(error), effect="it is rescued once it is stale")
             return

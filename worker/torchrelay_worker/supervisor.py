@@ -155,7 +155,8 @@ class Supervisor:
                 log.warning("inner_process_ended", reason="another worker has its chunks", effect="it is replaced")
             else:
                 log.warning("inner_process_ended", reason=ended, effect="what it held waits again, and it is replaced")
-                self._postmortem.of_dead(inner, ended)
+                from_outside = code == -signal.SIGKILL and killed_for is None
+                self._postmortem.of_dead(inner, ended, from_outside=from_outside)
                 if inner.has_reported:  # its suspects run now, and the guilty one takes the next process down too
                     self._spare_wanted_at = time.monotonic()
             if asked or code == EXIT_USAGE:

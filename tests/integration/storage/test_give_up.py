@@ -306,6 +306,19 @@ def test_a_load_that_kills_fails_all_that_waited_for_it(scene: Scene) -> None:
     assert all(scene.outcomes(job) == ["failed", "failed"] for job in jobs)
 
 
+def test_a_kill_from_outside_during_a_load_costs_nothing_at_first(scene: Scene) -> None:
+    jobs = scene.submit(3, max_attempts=2)
+    killed = Evidence(versions=frozenset({scene.version.id}), from_outside=True)
+    scene.claim(jobs[0])
+    scene.die(killed, ended="killed by SIGKILL")
+    assert [scene.row(job).failures for job in jobs] == [0, 0, 0]
+    for failures in (1, 2):  # it happens each time: the model is too large for this machine
+        scene.claim_alone(jobs[0])
+        scene.die(killed, ended="killed by SIGKILL")
+        assert [scene.row(job).failures for job in jobs] == [failures] * 3
+    assert {scene.row(job).state for job in jobs} == {JobState.FAILED}
+
+
 def test_a_load_beside_jobs_that_ran_is_only_suspected(scene: Scene) -> None:
     other = scene.registry.register("other", "h", chunk_size=4)
     ran = scene.submit(1)
