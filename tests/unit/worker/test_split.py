@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrelay_storage.errors import InvalidDataset
@@ -19,6 +19,7 @@ def parts(drawn: Drawn) -> tuple[list[int], list[int]]:
     return drawn.train.tolist(), drawn.validation.tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(2, 500), st.floats(0.001, 0.999), st.integers(0, 2**32 - 1))
 def test_both_parts_have_examples_and_each_example_is_in_one(n: int, fraction: float, seed: int) -> None:
     drawn = draw(n, Split(fraction=fraction), seed)
