@@ -111,9 +111,9 @@ class Postgresql:
     def succeed_jobs(self, connection: Connection, done: Sequence[Successes], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
         written = 0
-        for group in (g for g in done if len(g.jobs) >= SPAN_FROM):
+        for group in filter(_is_span, done):
             written += connection.exec_driver_sql(_SUCCEED_SPAN, (worker, now, *_span(group))).rowcount
-        few = (g for g in done if len(g.jobs) < SPAN_FROM)
+        few = (g for g in done if not _is_span(g))
         rows = [(job, g.chunk, output) for g in few for job, output in zip(g.jobs, g.outputs, strict=True)]
         return written + _write(connection, _SUCCEED, rows, worker, now)
 
@@ -140,6 +140,10 @@ def _write(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...
         columns = [list(column) for column in zip(*rows[start : start + ROWS], strict=True)]
         written += connection.exec_driver_sql(statement, (worker, now, *columns, columns[0])).rowcount
     return written
+
+
+def _is_span(group: Successes) -> bool:
+    return len(group.jobs) >= SPAN_FROM and None not in group.outputs  # of which a slice would make an empty value
 
 
 def _span(group: Successes) -> tuple[object, ...]:

@@ -75,3 +75,14 @@ def test_large_inputs_of_a_batch_travel_in_smaller_company(database: Database, v
     inputs = [b'"' + b"x" * (3 << 20) + b'"' for _ in range(5)]
     JobStore(database).extend(Submission(version, Options(), (), batch=batch), inputs)
     assert [chunk.size for chunk in BatchStore(database).chunks(batch)] == [2, 2, 1]
+
+
+def test_no_output_is_no_empty_one(database: Database, version: ModelVersion) -> None:
+    jobs = submit(database, version, 40)
+    store = JobStore(database)
+    worker = Fleet(database).register("w", host="h", pid=1, device="cpu").id
+    [claimed] = ChunkStore(database).claim([store.get(jobs)[jobs[0]].chunk], worker)
+    done = [Successes(claimed.chunk, claimed.token, jobs, [None, b""] * 20)]
+    assert store.finish([], worker, done).recorded == 40
+    rows = store.get(jobs)
+    assert [rows[job].output for job in jobs] == [None, b""] * 20
