@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, bindparam, text
 
 from torchrelay_storage.errors import JobNotFound
 from torchrelay_storage.ids import Kind, draw, show
 from torchrelay_storage.job_error import JobError, decode_error
+from torchrelay_storage.settle import slices
 from torchrelay_storage.states import ChunkState, End
 
 Ended = Literal["failed", "lost", "succeeded", "running"]
+Recorded = Literal["failed", "lost", "lost_alone"]  # the last is shown as lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,10 @@ _RECORD = text("""
     FROM jobs j WHERE j.id = :job AND j.chunk = :chunk AND j.state = 0
 """)
 
+_LOST_ALONE = text("SELECT count(DISTINCT job) FROM attempts WHERE job IN :jobs AND outcome = 'lost_alone'").bindparams(
+    bindparam("jobs", expanding=True)
+)
+
 # By the database's clock first: an id tells the time of the machine that drew it.
 _READ = text("""
     SELECT a.outcome, a.started_at, a.ended_at, a.error, w.name, w.ended
@@ -70,9 +76,7 @@ _JOB = text("""
 """)
 
 
-def record_attempts(
-    connection: Connection, tries: Sequence[Try], outcome: Literal["failed", "lost"], worker: int, now: float
-) -> None:
+def record_attempts(connection: Connection, tries: Sequence[Try], outcome: Recorded, worker: int, now: float) -> None:
     """Record tries that did not succeed, before their jobs are ended or moved and their chunks freed."""
     if tries:
         first = draw(len(tries))
@@ -86,6 +90,13 @@ def record_attempts(
         )  # fmt: skip
 
 
+def were_lost_alone(connection: Connection, jobs: Sequence[int]) -> bool:
+    """Return whether each of some jobs has been lost before while nothing ran beside its chunk."""
+    return all(
+        int(connection.execute(_LOST_ALONE, {"jobs": list(run)}).scalar_one()) == len(run) for run in slices(jobs)
+    )
+
+
 def read_attempts(connection: Connection, job: int) -> list[Attempt]:
     """Return the tries of a job, the oldest first. Raises JobNotFound."""
     now = connection.execute(_JOB, {"job": job}).one_or_none()
@@ -94,9 +105,10 @@ def read_attempts(connection: Connection, job: int) -> list[Attempt]:
     found = []
     for i, row in enumerate(connection.execute(_READ, {"job": job}), start=1):
         error = decode_error(row.error)
-        with_worker = row.outcome == "lost" or (error is not None and error.type == "WorkerLost")
+        outcome: Ended = "failed" if row.outcome == "failed" else "lost"
+        with_worker = outcome == "lost" or (error is not None and error.type == "WorkerLost")
         ended = row.ended if with_worker else None
-        found.append(Attempt(i, row.outcome, row.name, row.started_at, row.ended_at, error, ended))
+        found.append(Attempt(i, outcome, row.name, row.started_at, row.ended_at, error, ended))
     if now.state == End.SUCCEEDED:
         # Its chunk may have been handed back since for the sake of other jobs, and claimed again.
         known = now.claimed_at is not None and now.claimed_at <= now.finished_at

@@ -2,7 +2,9 @@
 
 Nobody can say which of several jobs took a process down, so suspects come back in smaller and smaller chunks, each of
 which runs alone; a job is blamed once it was by itself and ran alone. A supervisor that saw its process die knows more
-than the maintenance does of a machine that fell silent: which jobs were being run (`give_up`).
+than the maintenance does of a machine that fell silent: which jobs were being run (`give_up`). A machine that fell
+silent, or a process that was killed from outside, may have been lost for any reason: only the second such loss of a job
+that ran alone is held against it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, text
 
 from torchrelay_storage import faults
-from torchrelay_storage.attempts import Try, record_attempts
+from torchrelay_storage.attempts import Try, record_attempts, were_lost_alone
 from torchrelay_storage.blame import Lost, blame, count_death, worker_name
 from torchrelay_storage.chunk_jobs import IN_CHUNK
 from torchrelay_storage.database import Database
@@ -23,6 +25,7 @@ from torchrelay_storage.options import Backoff
 from torchrelay_storage.settle import Moved, part, settle, slices
 
 RESCUE_SLICE = 200
+_ALONE = "it ran this job, and nothing beside it"
 SINGLES = 64  # suspects that come back one by one; more of them come back in halves
 
 
@@ -48,6 +51,7 @@ class _Loss:
     """What is said of a lost worker's jobs.
 
     `one_by_one`: its suspects were really running, so that they are few. `sure`: there is one, and it is the cause.
+    `by_chance`: it may have nothing to do with what it ran.
     """
 
     error: JobError
@@ -55,6 +59,7 @@ class _Loss:
     timed_out: bool = False
     one_by_one: bool = False
     sure: bool = False
+    by_chance: bool = False
 
 
 _COLUMNS = """c.id, c.batch, c.version, c.max_attempts, c.worker, c.alone, c.retrying, c.backoff,
@@ -102,8 +107,8 @@ class LostChunks:
 
         Who is silent counts as stopped from now on: should it come back, its beat tells it (`Fleet.beat`), and its
         writes are refused by the tokens. What it held is suspect, comes back in halves and runs alone; a job that was
-        by itself and ran alone is blamed: one more failure, of type WorkerLost. A training run is never a suspect: one
-        more death of it is counted.
+        by itself and ran alone is blamed the second time: one more failure, of type WorkerLost. A training run is never
+        a suspect: one more death of it is counted.
 
         Args:
             stale_after: None: only of workers that are stopped or gone, because the living had no chance to beat.
@@ -122,7 +127,7 @@ class LostChunks:
             for row in rows:
                 jobs = list(connection.execute(_OPEN, {"chunk": row.id}).scalars())
                 count += len(jobs)
-                loss = _Loss(JobError("WorkerLost", f"{names[row.worker]} was lost"), now)
+                loss = _Loss(JobError("WorkerLost", f"{names[row.worker]} was lost"), now, by_chance=True)
                 self._let_go(connection, row, jobs, jobs, loss)
             faults.reach("rescuing")
             return self._settled(connection, rows, count, now)
@@ -136,8 +141,8 @@ class LostChunks:
         comes back by itself (in halves where they are many) and runs alone. One that was by itself and alone is to
         blame: it fails once, of type WorkerLost, or for good with Timeout where it was ended for overrunning its limit;
         the latter also where nothing else was running.
-        Where nothing ran and a model was being loaded, all that waited for the model fail once; where it was killed
-        from outside meanwhile, only what was there by itself, as a suspect is the next time.
+        Where nothing ran and a model was being loaded, all that waited for the model fail once.
+        Where the process was killed from outside, neither happens before the second time that they were lost alone.
 
         Args:
             ended: how the process ended, such as `killed by SIGSEGV`.
@@ -155,7 +160,9 @@ class LostChunks:
             if evidence is not None:
                 # What ran by itself is what overran its limit. What crashes a process may lie elsewhere.
                 sure = evidence.timed_out and len(evidence.jobs) == 1 and not evidence.versions
-                loss = _Loss(error, now, evidence.timed_out, one_by_one=True, sure=sure)
+                loss = _Loss(
+                    error, now, evidence.timed_out, one_by_one=True, sure=sure, by_chance=evidence.from_outside
+                )
             count = 0
             for row in rows:
                 jobs = list(connection.execute(_OPEN, {"chunk": row.id}).scalars())
@@ -165,8 +172,7 @@ class LostChunks:
                     continue
                 suspects = [job for job in jobs if job in evidence.jobs]
                 if row.version in evidence.versions and not suspects:
-                    guilty = not evidence.jobs and (row.alone or not evidence.from_outside)
-                    self._not_loaded(connection, row, jobs, ended, now, guilty=guilty)
+                    self._not_loaded(connection, row, jobs, evidence, loss)
                 else:
                     guilty = row.alone and len(jobs) == 1
                     self._let_go(connection, row, jobs, jobs if guilty else suspects, loss)
@@ -185,6 +191,7 @@ class LostChunks:
     ) -> None:
         """Free a chunk whose open jobs are `jobs`, and deal with the suspects among them."""
         lost = [Lost(row.id, job, row.worker, row.max_attempts) for job in (jobs if row.training else suspects)]
+        alone = len(jobs) == 1 and row.alone
         if row.training:
             error = JobError(loss.error.type, f"{loss.error.message} while it trained this run")
             for run in lost:
@@ -192,19 +199,20 @@ class LostChunks:
             connection.execute(_FREE, {"chunk": row.id, "suspect": False, "started": True})
         elif not suspects:
             connection.execute(_FREE, {"chunk": row.id, "suspect": False, "started": False})
-        elif loss.sure or (len(jobs) == 1 and row.alone):
+        elif loss.sure or (alone and (not loss.by_chance or were_lost_alone(connection, suspects))):
             known = loss.error.message
             if loss.timed_out:
                 error = JobError("Timeout", f"a device batch of this job alone did not end within its limit ({known})")
             else:
-                error = JobError(loss.error.type, f"{known} while it ran this job, and nothing beside it")
+                error = JobError(loss.error.type, f"{known} while {_ALONE}")
             backoff = Backoff.decode(row.backoff) if row.backoff else None
             blame(connection, lost, loss.now, error, backoff=backoff, final=loss.timed_out)
             connection.execute(_FREE, {"chunk": row.id, "suspect": len(jobs) == 1, "started": len(jobs) == 1})
         else:
-            shared = JobError(loss.error.type, f"{loss.error.message} while it held this job and others")
-            tries = [Try(job, row.id, encode_error(shared)) for job in suspects]
-            record_attempts(connection, tries, "lost", row.worker, loss.now)
+            doing = _ALONE if alone else "it held this job and others"
+            error = JobError(loss.error.type, f"{loss.error.message} while {doing}")
+            tries = [Try(job, row.id, encode_error(error)) for job in suspects]
+            record_attempts(connection, tries, "lost_alone" if alone else "lost", row.worker, loss.now)
             self._part(connection, row, jobs, suspects, one_by_one=loss.one_by_one)
 
     def _part(
@@ -225,12 +233,16 @@ class LostChunks:
         connection.execute(_FREE, {"chunk": row.id, "suspect": whole, "started": whole})
 
     def _not_loaded(
-        self, connection: Connection, row: Row[Any], jobs: Sequence[int], ended: str, now: float, *, guilty: bool
+        self, connection: Connection, row: Row[Any], jobs: Sequence[int], evidence: Evidence, loss: _Loss
     ) -> None:
-        """The process died while it loaded this chunk's model. `guilty`: and did nothing else."""
+        """The process died while it loaded this chunk's model and ran none of its jobs."""
+        error = JobError(loss.error.type, f"{loss.error.message} while it loaded the model")
+        guilty = not evidence.jobs and (not loss.by_chance or (row.alone and were_lost_alone(connection, jobs)))
         if guilty and jobs:
             lost = [Lost(row.id, job, row.worker, row.max_attempts) for job in jobs]
-            message = f"{worker_name(connection, row.worker)}: {ended} while it loaded the model"
             backoff = Backoff.decode(row.backoff) if row.backoff else None
-            blame(connection, lost, now, JobError("WorkerLost", message), backoff=backoff)
+            blame(connection, lost, loss.now, error, backoff=backoff)
+        elif row.alone and not evidence.jobs:
+            tries = [Try(job, row.id, encode_error(error)) for job in jobs]
+            record_attempts(connection, tries, "lost_alone", row.worker, loss.now)
         connection.execute(_FREE, {"chunk": row.id, "suspect": not guilty, "started": guilty})

@@ -176,7 +176,7 @@ attempts = Table(
     Column("worker", BigInteger),
     Column("started_at", Real),
     Column("ended_at", Real, nullable=False),
-    Column("outcome", Text, nullable=False),  # failed, or lost: its worker was
+    Column("outcome", Text, nullable=False),  # attempts.Recorded
     Column("error", LargeBinary),  # as jobs.error
     PrimaryKeyConstraint("job", "id"),
 )

@@ -215,6 +215,30 @@ def test_the_guilty_one_needs_no_further_evidence(scene: Scene) -> None:
     assert scene.row(job).state is JobState.FAILED
 
 
+def test_a_kill_from_outside_is_held_against_what_ran_alone_the_second_time(scene: Scene) -> None:
+    job = suspect(scene)
+    killed = Evidence(frozenset([job]), from_outside=True)
+    for failures in (0, 1, 2):  # each time: it takes more memory than this machine has
+        scene.claim_alone(job)
+        scene.die(killed, ended="killed by SIGKILL (out of memory?)")
+        assert scene.row(job).failures == failures
+    assert scene.row(job).state is JobState.FAILED
+    attempts = scene.jobs.attempts(job)
+    assert [one.outcome for one in attempts] == ["lost", "lost", "failed", "failed"]
+    assert [one.worker_ended for one in attempts[1:]] == ["killed by SIGKILL (out of memory?)"] * 3
+    assert all(one.error and "nothing beside it" in one.error.message for one in attempts[1:])
+
+
+def test_after_a_kill_from_outside_a_crash_is_blamed_at_once(scene: Scene) -> None:
+    job = suspect(scene)
+    scene.claim_alone(job)
+    scene.die(Evidence(frozenset([job]), from_outside=True))
+    assert (scene.row(job).failures, bool(scene.chunk(job).suspect), scene.row(job).not_before) == (0, True, None)
+    scene.claim_alone(job)
+    scene.die(evidence(job))
+    assert scene.row(job).failures == 1
+
+
 def test_several_that_ran_alone_together_are_not_blamed(scene: Scene) -> None:
     jobs = scene.submit(4)
     scene.claim(jobs[0])
@@ -312,11 +336,12 @@ def test_a_kill_from_outside_during_a_load_costs_nothing_at_first(scene: Scene) 
     scene.claim(jobs[0])
     scene.die(killed, ended="killed by SIGKILL")
     assert [scene.row(job).failures for job in jobs] == [0, 0, 0]
-    for failures in (1, 2):  # it happens each time: the model is too large for this machine
+    for failures in (0, 1, 2):  # it happens each time: the model is too large for this machine
         scene.claim_alone(jobs[0])
         scene.die(killed, ended="killed by SIGKILL")
         assert [scene.row(job).failures for job in jobs] == [failures] * 3
     assert {scene.row(job).state for job in jobs} == {JobState.FAILED}
+    assert all(scene.outcomes(job) == ["lost", "failed", "failed"] for job in jobs)
 
 
 def test_a_load_beside_jobs_that_ran_is_only_suspected(scene: Scene) -> None:

@@ -58,11 +58,12 @@ class Hold:
 
 @dataclass
 class Held:
-    """What the database says of a chunk that a worker holds. `guilty`: its job is to blame if the worker is lost."""
+    """What the database says of a chunk that a worker holds. `guilty`: its job is to blame if the worker dies of it."""
 
     chunk: int
     jobs: list[int]
     suspect: bool
+    alone: bool
     guilty: bool
 
 
@@ -247,28 +248,42 @@ class Stores(RuleBasedStateMachine):
             self.fleet.stop(dead)
         self.chunk_store.rescue(60 if silent else None)
         for one in held:
-            self._lose(one.jobs, blamed=one.guilty)
+            if one.guilty:
+                self._lose_by_chance(one.jobs)
+            else:
+                self._lose(one.jobs)
         self._replace(worker)
 
-    @rule(worker=st.integers(0, 1), data=st.data(), knows=st.booleans(), timed_out=st.booleans(), loading=st.booleans())
+    @rule(worker=st.integers(0, 1), data=st.data(), knows=st.booleans(), loading=st.booleans(),
+          cause=st.sampled_from(["itself", "overran", "from outside"]))  # fmt: skip
     def process_dies_and_is_given_up(
-        self, worker: int, data: st.DataObject, knows: bool, timed_out: bool, loading: bool
+        self, worker: int, data: st.DataObject, knows: bool, loading: bool, cause: str
     ) -> None:
+        timed_out = cause == "overran"
+        from_outside = knows and cause == "from outside"
         dead = self.workers[worker]
         held = self._held(dead)
         everything = sorted(job for one in held for job in one.jobs)
         ran = data.draw(st.sets(st.sampled_from(everything))) if everything else set()
         versions = frozenset({self.version.id} if loading else ())
-        evidence = Evidence(frozenset(ran), versions, timed_out=timed_out) if knows else None
+        evidence = Evidence(frozenset(ran), versions, timed_out, from_outside) if knows else None
         moved = self.chunk_store.give_up(dead, "killed by SIGSEGV", evidence)
         assert set(moved.chunks) == {one.chunk for one in held}
         suspected: dict[int, bool] = {}
         for one in held:
             running = [job for job in one.jobs if not knows or job in ran]
             if knows and loading and not running:  # they wait for a model that perhaps cannot be loaded
+                if not ran and from_outside:
+                    if one.alone:
+                        self._lose_by_chance(one.jobs)
+                    suspected |= dict.fromkeys(one.jobs, True) if not one.alone else {}
+                    continue
                 if not ran:
                     self._lose(one.jobs, blamed=True)
                 suspected |= dict.fromkeys(one.jobs, one.suspect or bool(ran))
+            elif one.guilty and from_outside:
+                self._lose_by_chance(one.jobs)
+                suspected |= dict.fromkeys(one.jobs, True)
             elif one.guilty:
                 self._lose(one.jobs, blamed=True, for_good=knows and timed_out)
                 suspected |= dict.fromkeys(one.jobs, True)
@@ -334,12 +349,18 @@ class Stores(RuleBasedStateMachine):
                 row = connection.execute(
                     text("SELECT suspect, alone FROM chunks WHERE id = :c"), {"c": held.chunk}
                 ).one()
-            found.append(Held(held.chunk, jobs, bool(row.suspect), len(jobs) == 1 and bool(row.alone)))
+            alone = bool(row.alone)
+            found.append(Held(held.chunk, jobs, bool(row.suspect), alone, alone and len(jobs) == 1))
         return found
 
-    def _lose(self, jobs: list[int], *, blamed: bool = False, for_good: bool = False) -> None:
+    def _lose_by_chance(self, jobs: list[int]) -> None:
+        """Of jobs that ran alone only the second such loss is held against them."""
+        again = all("lost_alone" in self.world.jobs[job].tries for job in jobs)
+        self._lose(jobs, blamed=again, alone=True)
+
+    def _lose(self, jobs: list[int], *, blamed: bool = False, for_good: bool = False, alone: bool = False) -> None:
         for job in (self.world.jobs[j] for j in jobs):
-            job.tries.append("failed" if blamed else "lost")
+            job.tries.append("failed" if blamed else "lost_alone" if alone else "lost")
             job.failures += blamed  # nobody else is ever blamed
             if for_good or job.failures >= MAX_ATTEMPTS:
                 job.end = End.FAILED
