@@ -40,7 +40,7 @@ OUTPUT = b'{"y":1}'
 CONNECTIONS = 24  # of a process, shared by its workers as behind a pooler
 
 # How often a worker does the rest; see supervisor.py, leader.py, pipeline.py and warden.py.
-DUTIES = {"beat": 2.0, "lease": 3.0, "models": 1.0, "held": 0.5}
+DUTIES = {"beat": 2.0, "lease": 3.0, "models": 2.0, "held": 0.5}
 
 
 class Messages:

@@ -51,24 +51,18 @@ class Fleet:
 
     def __init__(self, database: Database) -> None:
         self._db = database
+        self._now = database.dialect.now
 
     def register(self, name: str, *, host: str, pid: int, device: str, models: Sequence[str] | None = None) -> Worker:
         """Add an incarnation, alive from now."""
-        statement = text("""
+        statement = text(f"""
             INSERT INTO workers (id, name, host, pid, device, models, started_at, beat_at)
-            VALUES (:id, :name, :host, :pid, :device, :models, :now, :now) ON CONFLICT (id) DO NOTHING
+            VALUES (:id, :name, :host, :pid, :device, :models, {self._now}, {self._now}) ON CONFLICT (id) DO NOTHING
         """)
         worker = Worker(draw(), name)
-
-        def work(connection: Connection) -> None:
-            connection.execute(
-                statement,
-                {"id": worker.id, "name": name, "host": host, "pid": pid, "device": device,
-                 "models": orjson.dumps(list(models)).decode() if models is not None else None,
-                 "now": self._db.clock(connection)},
-            )  # fmt: skip
-
-        self._db.transact(work)
+        row = {"id": worker.id, "name": name, "host": host, "pid": pid, "device": device,
+               "models": orjson.dumps(list(models)).decode() if models is not None else None}  # fmt: skip
+        self._db.transact(lambda connection: connection.execute(statement, row))
         return worker
 
     def beat(self, worker: int, stats: Mapping[str, Any] | None = None) -> bool:
@@ -78,54 +72,44 @@ class Fleet:
             False: its row is gone or stopped; it holds nothing any more and must register anew.
         """
         keep = ", stats = :stats" if stats is not None else ""
-        statement = text(f"UPDATE workers SET beat_at = :now{keep} WHERE id = :id AND stopped_at IS NULL")
-
-        def work(connection: Connection) -> bool:
-            row: dict[str, Any] = {"id": worker, "now": self._db.clock(connection)}
-            if stats is not None:
-                row["stats"] = orjson.dumps(dict(stats)).decode()
-            return connection.execute(statement, row).rowcount == 1
-
-        return self._db.transact(work)
+        statement = text(f"UPDATE workers SET beat_at = {self._now}{keep} WHERE id = :id AND stopped_at IS NULL")
+        row: dict[str, Any] = {"id": worker}
+        if stats is not None:
+            row["stats"] = orjson.dumps(dict(stats)).decode()
+        return self._db.transact(lambda connection: connection.execute(statement, row).rowcount == 1)
 
     def stop(self, worker: int, ended: str | None = None) -> None:
         """Say that a worker has ended, and how: what it may still hold is rescued at once."""
-        statement = text("UPDATE workers SET stopped_at = :now, ended = :ended WHERE id = :id AND stopped_at IS NULL")
-
-        def work(connection: Connection) -> None:
-            connection.execute(statement, {"id": worker, "ended": ended, "now": self._db.clock(connection)})
-
-        self._db.transact(work)
+        statement = text(f"""
+            UPDATE workers SET stopped_at = {self._now}, ended = :ended WHERE id = :id AND stopped_at IS NULL
+        """)
+        self._db.transact(lambda connection: connection.execute(statement, {"id": worker, "ended": ended}))
 
     def serves(self, worker: int, version: int, revision: str) -> None:
         """Record which revision of its handler a worker runs a model version with: it tells what computed a result."""
-        statement = text("""
-            INSERT INTO served (worker, version, revision, at) VALUES (:worker, :version, :revision, :now)
+        statement = text(f"""
+            INSERT INTO served (worker, version, revision, at) VALUES (:worker, :version, :revision, {self._now})
             ON CONFLICT (worker, version) DO UPDATE SET revision = excluded.revision, at = excluded.at
         """)
-
-        def work(connection: Connection) -> None:
-            row = {"worker": worker, "version": version, "revision": revision, "now": self._db.clock(connection)}
-            connection.execute(statement, row)
-
-        self._db.transact(work)
+        row = {"worker": worker, "version": version, "revision": revision}
+        self._db.transact(lambda connection: connection.execute(statement, row))
 
     def workers(self, stale_after: float, *, ended: bool = True) -> list[WorkerRow]:
         """Return all incarnations on record, the newest first; without those that have `ended`, if wanted."""
         statement = text(f"""
-            SELECT id, name, host, pid, device, models, stats, started_at, beat_at, stopped_at, ended FROM workers
+            SELECT id, name, host, pid, device, models, stats, started_at, beat_at, stopped_at, ended,
+                   {self._now} AS now FROM workers
             {"" if ended else "WHERE stopped_at IS NULL"} ORDER BY id DESC
         """)
 
         def work(connection: Connection) -> list[WorkerRow]:
-            now = self._db.clock(connection)
             return [
                 WorkerRow(
                     id=r.id, name=r.name, host=r.host, pid=r.pid, device=r.device,
                     models=tuple(orjson.loads(r.models)) if r.models is not None else None,
                     stats=orjson.loads(r.stats), started_at=r.started_at, beat_at=r.beat_at, stopped_at=r.stopped_at,
-                    alive=r.stopped_at is None and now - r.beat_at < stale_after, beat_age=max(0.0, now - r.beat_at),
-                    ended=r.ended,
+                    alive=r.stopped_at is None and r.now - r.beat_at < stale_after,
+                    beat_age=max(0.0, r.now - r.beat_at), ended=r.ended,
                 )
                 for r in connection.execute(statement)
             ]  # fmt: skip
@@ -134,14 +118,14 @@ class Fleet:
 
     def forget(self, older_than: float) -> int:
         """Delete the rows of workers that ended or fell silent more than `older_than` seconds ago and hold nothing."""
-        statement = text("""
-            DELETE FROM workers WHERE COALESCE(stopped_at, beat_at) < :before
+        statement = text(f"""
+            DELETE FROM workers WHERE COALESCE(stopped_at, beat_at) < {self._now} - :older_than
               AND NOT EXISTS (SELECT 1 FROM chunks c WHERE c.state = 2 AND c.worker = workers.id)
         """)
         unserve = text("DELETE FROM served WHERE NOT EXISTS (SELECT 1 FROM workers w WHERE w.id = served.worker)")
 
         def work(connection: Connection) -> int:
-            gone = connection.execute(statement, {"before": self._db.clock(connection) - older_than}).rowcount
+            gone = connection.execute(statement, {"older_than": older_than}).rowcount
             if gone:
                 connection.execute(unserve)
             return gone
@@ -152,18 +136,14 @@ class Fleet:
 
     def acquire(self, lease: str, holder: int, seconds: float) -> bool:
         """Take or renew a lease for `seconds`; False: somebody else holds it."""
-        statement = text("""
-            INSERT INTO leases (name, holder, expires_at) VALUES (:name, :holder, :until)
+        # `excluded` knows when the statement began: who then waited for another's must not find it run out meanwhile.
+        statement = text(f"""
+            INSERT INTO leases (name, holder, expires_at) VALUES (:name, :holder, {self._now} + :seconds)
             ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires_at = excluded.expires_at
-            WHERE leases.holder = excluded.holder OR leases.expires_at < :now
+            WHERE leases.holder = excluded.holder OR leases.expires_at < excluded.expires_at - :seconds
         """)
-
-        def work(connection: Connection) -> bool:
-            now = self._db.clock(connection)
-            row = {"name": lease, "holder": holder, "until": now + seconds, "now": now}
-            return connection.execute(statement, row).rowcount == 1
-
-        return self._db.transact(work)
+        row = {"name": lease, "holder": holder, "seconds": seconds}
+        return self._db.transact(lambda connection: connection.execute(statement, row).rowcount == 1)
 
     def release(self, lease: str, holder: int) -> None:
         """Give a lease back, if it is held."""

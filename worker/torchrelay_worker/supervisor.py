@@ -25,11 +25,13 @@ from torchrelay_storage.database import Database
 from torchrelay_storage.errors import RelayError, Unreachable
 from torchrelay_storage.fleet import Fleet
 from torchrelay_storage.retention import Retention
+from torchrelay_storage.upkeep import Upkeep
 from torchrelay_worker.exits import EXIT_LOST, EXIT_RECYCLE, EXIT_USAGE
 from torchrelay_worker.inner import Inner, Options
 from torchrelay_worker.maintenance.announce import Announce
 from torchrelay_worker.maintenance.expire import Expire
 from torchrelay_worker.maintenance.leader import Duty, Leader
+from torchrelay_worker.maintenance.look import Look
 from torchrelay_worker.maintenance.purge import Purge
 from torchrelay_worker.maintenance.reach import Reach
 from torchrelay_worker.maintenance.rescue import Rescue
@@ -88,11 +90,12 @@ class Supervisor:
                 self._settings.retention_days,
             ),
         ]
+        look = Look(Upkeep(self._database), self._settings.stale_after, self._reach)
         self._register()
         heart = threading.Thread(target=self._beat, name="heart", daemon=True)
         heart.start()
         try:
-            with Leader(self._fleet, lambda: self._incarnation, duties, answered=self._reach.note):
+            with Leader(self._fleet, lambda: self._incarnation, duties, look=look, answered=self._reach.note):
                 return self._supervise()
         finally:
             self._closing.set()

@@ -15,6 +15,7 @@ from torchrelay_storage.options import Options
 from torchrelay_storage.retention import Retention
 from torchrelay_storage.states import End
 from torchrelay_storage.submission import NewJob, Submission
+from torchrelay_storage.upkeep import Upkeep
 
 WAITING = 20_000  # lone jobs: far more than any move may look at
 
@@ -76,11 +77,11 @@ MOVES: dict[str, Callable[[Scene, list[int]], None]] = {
 }  # fmt: skip
 
 
-def _read_in_passing(database: Database) -> int:
-    """Rows of jobs read by going through the whole table, so far."""
+def _read_in_passing(database: Database, table: str = "jobs") -> int:
+    """Rows of a table read by going through the whole of it, so far."""
     with database.read() as connection:
-        query = text("SELECT COALESCE(seq_tup_read, 0) FROM pg_stat_user_tables WHERE relname = 'jobs'")
-        return int(connection.execute(query).scalar_one())
+        query = text("SELECT COALESCE(seq_tup_read, 0) FROM pg_stat_user_tables WHERE relname = :table")
+        return int(connection.execute(query, {"table": table}).scalar_one())
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
@@ -96,6 +97,32 @@ def test_no_move_reads_all_jobs(database: Database, move: str) -> None:
     MOVES[move](scene, jobs)
     database.dispose()
     assert _read_in_passing(database) - before < WAITING
+
+
+STATES = {
+    "waiting": "state = 0", "delayed": "due = false, not_before = 9e9",
+    "announced": "state = 1, announced_at = 1", "held": "state = 2, worker = 7",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("state", STATES)
+def test_no_look_reads_all_chunks(database: Database, state: str) -> None:
+    """Also where the statistics say that there is something everywhere, and all of it has ended since."""
+    scene, upkeep = Scene(database), Upkeep(database)
+    scene.jobs.submit([Submission(scene.version, Options(), [NewJob(b"1")]) for _ in range(WAITING)])
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("ALTER TABLE chunks SET (autovacuum_enabled = false)"))
+        connection.execute(text(f"UPDATE chunks SET {STATES[state]}"))
+        connection.execute(text("VACUUM ANALYZE chunks"))
+        connection.execute(text("UPDATE chunks SET state = 3"))
+    database.dispose()
+    before = _read_in_passing(database, "chunks")
+    for _ in range(10):  # the last of them by a plan for whatever is asked
+        found = upkeep.look(60.0)
+        assert (found.announce, found.rescue, found.held) == (False, False, False)
+    database.dispose()
+    assert _read_in_passing(database, "chunks") - before < 5 * WAITING, "it was updated twice just before"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
 
 from servers import wait_until
 from torchrelay_storage import values
@@ -11,11 +15,13 @@ from torchrelay_storage.artifacts import run_path
 from torchrelay_storage.errors import InvalidInput, Unreachable
 from torchrelay_storage.retention import Purged
 from torchrelay_storage.settle import Moved
+from torchrelay_storage.upkeep import Needed
 from torchrelay_storage.values import Reference
 from torchrelay_storage.waiting import ModelDue
 from torchrelay_worker.maintenance.announce import Announce
 from torchrelay_worker.maintenance.expire import Expire
-from torchrelay_worker.maintenance.leader import LEASE_SECONDS, RENEW_SECONDS, Leader
+from torchrelay_worker.maintenance.leader import LEASE_SECONDS, RENEW_SECONDS, TICK_SECONDS, Leader
+from torchrelay_worker.maintenance.look import IDLE_SECONDS, SECONDS, Look
 from torchrelay_worker.maintenance.purge import DAY, Purge
 from torchrelay_worker.maintenance.reach import Reach
 from torchrelay_worker.maintenance.rescue import Rescue
@@ -111,6 +117,119 @@ def test_the_thread_gives_the_lease_back() -> None:
     assert leases.holder is None
 
 
+# --- what a look finds --------------------------------------------------------------------------------------
+
+QUIET = Needed(announce=False, rescue=False, expire=False, held=False, next_due=None)
+
+
+class Eyes:
+    """An Upkeep that sees what it is told."""
+
+    def __init__(self, needed: Needed = QUIET) -> None:
+        self.needed = needed
+        self.stale_after: list[float | None] = []
+        self.faults: list[Exception] = []
+
+    def look(self, stale_after: float | None) -> Needed:
+        self.stale_after.append(stale_after)
+        if self.faults:
+            raise self.faults.pop(0)
+        return self.needed
+
+
+class Watched:
+    """A leader on a clock, with its look and a duty of each name."""
+
+    def __init__(self, needed: Needed = QUIET) -> None:
+        self.clock = Clock()
+        self.eyes = Eyes(needed)
+        self.duties = [Count(kind.name, kind.every) for kind in (Announce, Rescue, Expire)]
+        look = Look(self.eyes, 10.0, Reach(10.0, self.clock))
+        self.leader = Leader(Leases(self.clock), lambda: 1, self.duties, self.clock, look=look)
+        self.tick()  # as whoever begins to lead, it does everything once
+        self.reset()
+
+    def tick(self) -> None:
+        self.leader.tick()
+        self.clock.now += TICK_SECONDS
+
+    def reset(self) -> None:
+        self.eyes.stale_after.clear()
+        for duty in self.duties:
+            duty.runs = 0
+
+    def pass_by(self, seconds: float) -> tuple[int, list[int]]:
+        """Let seconds pass; return how often it looked, and how often each duty was done."""
+        self.reset()
+        for _ in range(round(seconds / TICK_SECONDS)):
+            self.tick()
+        return len(self.eyes.stale_after), [duty.runs for duty in self.duties]
+
+
+def needed(**changes: Any) -> Needed:
+    return dataclasses.replace(QUIET, **changes)
+
+
+def test_what_is_not_needed_is_not_done_but_for_now_and_then() -> None:
+    it = Watched()
+    assert it.pass_by(20.0) == (10, [0, 0, 0])
+    assert it.pass_by(60.0) == (30, [1, 1, 1]), "a look may be wrong"
+
+
+@pytest.mark.parametrize(("place", "need"), [(0, "announce"), (1, "rescue"), (2, "expire")])
+def test_what_is_needed_is_done_at_once_and_alone(place: int, need: str) -> None:
+    it = Watched()
+    it.pass_by(IDLE_SECONDS)
+    it.eyes.needed = needed(**{need: True})
+    looks, runs = it.pass_by(10.0)
+    assert 9 <= looks <= 10
+    assert runs == [looks if i == place else 0 for i in range(3)]
+    it.eyes.needed = QUIET
+    it.pass_by(SECONDS)
+    assert it.pass_by(10.0) == (5, [0, 0, 0])
+
+
+def test_while_chunks_are_held_it_looks_more_often() -> None:
+    assert Watched(needed(held=True)).pass_by(10.0) == (10, [0, 0, 0])
+
+
+@pytest.mark.parametrize(("due", "waits"), [(0.01, 0.5), (0.9, 1.0), (1.5, 1.5), (1.6, 2.0), (60.0, 2.0)])
+def test_it_looks_when_something_becomes_due(due: float, waits: float) -> None:
+    it = Watched(needed(next_due=due))
+    it.pass_by(10.0)  # until a look that was told so
+    while not it.pass_by(TICK_SECONDS)[0]:
+        pass
+    asleep = 1
+    while not it.pass_by(TICK_SECONDS)[0]:
+        asleep += 1
+    assert asleep * TICK_SECONDS == waits
+
+
+def test_a_look_that_fails_is_said_once_and_stops_nothing() -> None:
+    it = Watched()
+    it.eyes.faults = [Unreachable("away")] * 80
+    with capture_logs() as logs:
+        looks, runs = it.pass_by(70.0)
+        it.pass_by(20.0)
+    assert 69 <= looks <= 70
+    assert runs == [1, 1, 1]
+    assert [(entry["event"], entry["duty"]) for entry in logs] == [("duty_waits", "look"), ("duty_goes_on", "look")]
+
+
+def test_a_duty_that_fails_is_tried_again_while_it_is_needed() -> None:
+    it = Watched(needed(announce=True))
+    it.duties[0].faults = [Unreachable("away")] * 3
+    with capture_logs() as logs:
+        assert it.pass_by(10.0) == (10, [10, 0, 0])
+    assert [(entry["event"], entry["duty"]) for entry in logs] == [
+        ("duty_waits", "announce"),
+        ("duty_goes_on", "announce"),
+    ]
+
+
+# --- the duties ---------------------------------------------------------------------------------------------
+
+
 class Chunks:
     """Answers of a ChunkStore, one a call."""
 
@@ -145,10 +264,9 @@ def test_rescue_and_expire_go_on_until_nothing_is_left_and_tell_who_waits() -> N
 
 def test_silence_means_death_only_to_who_was_in_reach_all_along() -> None:
     clock = Clock()
-    reach, chunks = Reach(10.0, clock), Chunks()
-    leader = Leader(
-        Leases(clock), lambda: 1, [Rescue(chunks, lambda *_: None, 10.0, reach)], clock, answered=reach.note
-    )
+    reach, chunks, eyes = Reach(10.0, clock), Chunks(), Eyes(needed(rescue=True))
+    rescue = Rescue(chunks, lambda *_: None, 10.0, reach)
+    leader = Leader(Leases(clock), lambda: 1, [rescue], clock, look=Look(eyes, 10.0, reach), answered=reach.note)
 
     def seconds_of_doubt() -> int:
         """Let 30 seconds pass; return after how many of them the silent were rescued."""
@@ -156,6 +274,7 @@ def test_silence_means_death_only_to_who_was_in_reach_all_along() -> None:
         for _ in range(30):
             leader.tick()
             doubt += chunks.stale_after is None
+            assert eyes.stale_after[-1] == chunks.stale_after
             clock.now += 1.0
         assert chunks.stale_after == 10.0
         return doubt

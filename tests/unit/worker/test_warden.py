@@ -12,7 +12,7 @@ from torchrelay_storage.chunk_store import Held
 from torchrelay_worker.pipeline.batcher import Batcher, Limits
 from torchrelay_worker.pipeline.ledger import Hold, Ledger, Work
 from torchrelay_worker.pipeline.pace import LARGEST_CHUNK, Pace
-from torchrelay_worker.pipeline.warden import STRAY_ROUNDS, Warden
+from torchrelay_worker.pipeline.warden import IDLE_ROUNDS, STRAY_ROUNDS, Warden
 from torchrelay_worker.pipeline.watch import Watch
 from worker_fakes import Clock, Store, chunk
 
@@ -87,9 +87,20 @@ def test_nothing_held_is_asked_about_now_and_then_only() -> None:
     asked: list[int] = []
     store.held = lambda worker: asked.append(worker) or []  # type: ignore[method-assign, func-returns-value]
     warden = Warden(store, Ledger(), Batcher(), worker=7)
-    for _ in range(2 * STRAY_ROUNDS):
+    for _ in range(2 * IDLE_ROUNDS):
         warden.look()
     assert len(asked) == 2
+
+
+def test_a_stray_that_was_seen_while_nothing_is_held_goes_back_as_soon() -> None:
+    store = Store()
+    store.held_now = [Held(9, 4, 0)]
+    warden = Warden(store, Ledger(), Batcher(), worker=7)
+    for _ in range(IDLE_ROUNDS + STRAY_ROUNDS - 2):
+        warden.look()
+    assert store.handed_back == []
+    warden.look()
+    assert store.handed_back == [(9, 4)]
 
 
 # --- the ledger ---------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ class Sends(Protocol):
 
 
 class Announce:
-    """Each second: announce, and announce again, for each model that has something to announce."""
+    """Where a look finds some: announce, and announce again, for each model that has something to announce."""
 
     name = "announce"
-    every = 1.0
+    every = 60.0  # whatever a look finds
 
     def __init__(self, chunks: Models, announcer: Sends) -> None:
         self._chunks = chunks

@@ -15,10 +15,10 @@ class Expires(Protocol):
 
 
 class Expire:
-    """Each second."""
+    """Where a look finds some."""
 
     name = "expire"
-    every = 1.0
+    every = 60.0  # whatever a look finds
 
     def __init__(self, chunks: Expires, publish: Callable[[Sequence[int], Sequence[int]], object]) -> None:
         self._chunks = chunks

@@ -1,13 +1,13 @@
 """One of all workers' supervisors does the maintenance: the one that holds the lease. A duty is a file beside this one.
 
-Duties may overlap without harm, should two believe for a moment that they lead.
+Duties may overlap without harm, should two believe for a moment that they lead. Not here: what there is to do (`look`).
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -19,7 +19,8 @@ log = structlog.get_logger("torchrelay.maintenance")
 
 LEASE = "maintenance"
 LEASE_SECONDS = 10.0  # after which another takes over from a leader that died
-RENEW_SECONDS = 3.0
+RENEW_SECONDS = 5.0  # by who leads, and looks in between
+ASK_SECONDS = 3.0  # by who does not
 TICK_SECONDS = 0.5
 
 
@@ -31,6 +32,14 @@ class Duty(Protocol):
 
     def run(self) -> None:
         """Do it once. Raises Unreachable where the database, Redis or the object store is away."""
+
+
+class Looks(Protocol):
+    """What the leader needs of a Look."""
+
+    @property
+    def every(self) -> float: ...  # seconds, from the last one to the next
+    def run(self) -> Collection[str]: ...
 
 
 class Leases(Protocol):
@@ -50,20 +59,24 @@ class Leader:
         duties: Sequence[Duty],
         clock: Callable[[], float] = time.monotonic,
         *,
+        look: Looks | None = None,
         answered: Callable[[], None] = lambda: None,
     ) -> None:
         """Make it.
 
         Args:
             holder: who this is: the id of the worker's present incarnation.
+            look: names the duties for which there is something to do, whatever their own time.
             answered: called whenever the database has answered, whether we lead or not.
         """
         self._answered = answered
         self._leases = leases
         self._holder = holder
         self._duties = duties
+        self._look = look
         self._clock = clock
         self._renew_at = 0.0
+        self._look_at = 0.0
         self._leads_as: int | None = None
         self._held_as: int | None = None
         self._due = {duty.name: 0.0 for duty in duties}
@@ -92,6 +105,9 @@ class Leader:
             self._guarded("lease", self._take_lease)
         if self._leads_as is None:
             return
+        if self._look is not None and self._clock() >= self._look_at:
+            self._guarded("look", self._look_around)
+            self._look_at = self._clock() + self._look.every
         for duty in self._duties:
             if self._clock() >= self._due[duty.name] and not self._closing.is_set():
                 self._guarded(duty.name, duty.run)
@@ -99,13 +115,20 @@ class Leader:
 
     def _take_lease(self) -> None:
         holder = self._holder()
-        self._renew_at = self._clock() + RENEW_SECONDS
+        self._renew_at = self._clock() + ASK_SECONDS
         if self._held_as not in (None, holder):  # our process was replaced: the lease of the old one is ours too
             self._leases.release(LEASE, self._held_as or 0)
             self._held_as = None
         if self._leases.acquire(LEASE, holder, LEASE_SECONDS):
             self._leads_as = self._held_as = holder
+            self._renew_at = self._clock() + RENEW_SECONDS
         self._answered()
+
+    def _look_around(self) -> None:
+        if self._look is not None:
+            needed = self._look.run()
+            self._answered()
+            self._due.update(dict.fromkeys(needed, self._clock()))
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-GAP_SECONDS = 4.5  # at least, between two answers of the database; a leader and its rivals ask it every three
+GAP_SECONDS = 4.5  # at least, between two answers of the database; a leader asks it every two, its rivals every three
 
 
 class Reach:

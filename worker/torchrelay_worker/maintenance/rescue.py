@@ -26,12 +26,12 @@ class Trusts(Protocol):
 
 
 class Rescue:
-    """Each second: what is held by workers that are stopped or gone waits again; and what is held by silent ones, once
-    their silence means something.
+    """Where a look finds some: what is held by workers that are stopped or gone waits again; and what is held by silent
+    ones, once their silence means something.
     """
 
     name = "rescue"
-    every = 1.0
+    every = 60.0  # whatever a look finds
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ from torchrelay_worker.training.launcher import Launcher
 log = structlog.get_logger("torchrelay.pipeline")
 
 WARDEN_SECONDS = 0.5
-SERVING_SECONDS = 1.0
+SERVING_SECONDS = 2.0
 CHUNK_SIZE_SECONDS = 5.0
 HAND_BACK_SECONDS = 5.0  # that the database may be away at the end before its rescue is left to do the rest
 

@@ -1,6 +1,6 @@
 """Which models this worker serves: those it was asked for, else all whose handler is installed here.
 
-Looked up anew each second, so that a model registered a moment ago is served without a restart. Where the worker
+Looked up anew every two seconds, so that a model registered a moment ago is served without a restart. Where the worker
 trains, also the lanes of its recipes.
 """
 

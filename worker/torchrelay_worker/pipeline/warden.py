@@ -18,6 +18,8 @@ log = structlog.get_logger("torchrelay.warden")
 
 # Looks after which a chunk that only the database knows as ours goes back: the answer to its claim was lost.
 STRAY_ROUNDS = 4
+# Looks of which one asks for such chunks while nothing is held: ten seconds. It is seldom that there is one.
+IDLE_ROUNDS = 20
 
 
 class Holds(Protocol):
@@ -60,7 +62,7 @@ class Warden:
         mine = {hold.claimed.chunk: hold for hold in self._ledger.holds()}
         if not mine and not self._strays:
             self._idle_looks += 1
-            if self._idle_looks % STRAY_ROUNDS:
+            if self._idle_looks % IDLE_ROUNDS:
                 return
         held = {h.chunk: h for h in self._store.held(self._worker)}
         self._drop_lost(mine, held)
