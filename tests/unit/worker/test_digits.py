@@ -72,7 +72,25 @@ def png(side: int = 8, mode: str = "L") -> bytes:
     ],
 )
 def test_every_kind_of_input_is_the_same_picture(input: Any) -> None:
-    assert torch.equal(Digits().preprocess(input), torch.ones(1, 8, 8))
+    model = Digits()
+    batch = model.collate([model.preprocess(input)])
+    assert batch.dtype is torch.float32
+    assert torch.equal(batch, torch.ones(1, 1, 8, 8))
+
+
+def test_pictures_of_all_kinds_share_a_batch() -> None:
+    model = Digits()
+    inputs: list[Any] = [
+        [0] * 63 + [8],
+        [0.0] * 63 + [8.0],
+        {"pixels": [[0] * 8] * 7 + [[0] * 7 + [8]]},
+        [0] * 63 + [8],
+    ]
+    wanted = torch.zeros(1, 8, 8)
+    wanted[0, 7, 7] = 0.5
+    assert torch.equal(model.collate([model.preprocess(one) for one in inputs]), wanted.expand(4, 1, 8, 8))
+    plain = model.collate([model.preprocess(one) for one in (inputs[0], inputs[3])])
+    assert torch.equal(plain, wanted.expand(2, 1, 8, 8))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torchrelay_worker.models.weights import Weights
 
 SIDE = 8  # pixels
 BRIGHTEST = 16.0  # scikit-learn's digits have whole grey levels from 0 to 16
+_LEVELS = bytes(range(int(BRIGHTEST) + 1))
 
 
 class Digits(Model):
@@ -25,8 +26,10 @@ class Digits(Model):
         """Take the program from the weights."""
         self.net = weights.program().to(device)
 
-    def preprocess(self, input: Any) -> torch.Tensor:
-        """Turn one picture into a tensor of shape [1, 8, 8], float32 from 0 to 1.
+    def preprocess(self, input: Any) -> torch.Tensor | bytes:
+        """Turn one picture into a tensor of shape [1, 8, 8], float32 from 0 to 1, or into 64 bytes from 0 to 16.
+
+        The latter where it comes as a list of 64 whole numbers: at a twentieth of the cost of a tensor.
 
         Args:
             input: {"pixels": 64 numbers or 8 rows of 8}, such numbers without the dict, a NumPy array or tensor of
@@ -42,6 +45,14 @@ class Digits(Model):
             if "pixels" not in input:
                 raise InvalidInput('the input must have "pixels", 64 numbers from 0 to 16')
             pixels = input["pixels"]
+        if type(pixels) is list and len(pixels) == SIDE * SIDE:
+            try:
+                grey = bytes(pixels)
+            except (TypeError, ValueError):
+                pass  # fractions are as good; what is no picture is told below
+            else:
+                if not grey.translate(None, _LEVELS):
+                    return grey
         try:
             tensor = torch.as_tensor(pixels, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError):
@@ -52,6 +63,13 @@ class Digits(Model):
         if not 0.0 <= low.item() <= high.item() <= BRIGHTEST:  # false for NaN too
             raise InvalidInput(f"pixels must be from 0 to {BRIGHTEST:g}, not from {low.item():g} to {high.item():g}")
         return tensor.reshape(1, SIDE, SIDE) / BRIGHTEST
+
+    def collate(self, prepared: list[Any]) -> torch.Tensor:
+        """Make one tensor of shape [n, 1, 8, 8], float32 from 0 to 1."""
+        if set(map(type, prepared)) == {bytes}:
+            return _grey(b"".join(prepared))
+        pictures: torch.Tensor = super().collate([_grey(p)[0] if isinstance(p, bytes) else p for p in prepared])
+        return pictures
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the likeliest digits [n], int64, and their probabilities [n], float32."""
@@ -67,6 +85,10 @@ class Digits(Model):
         """Return {"label": 0 to 9, "probability": 0.0 to 1.0}."""
         label, probability = output
         return {"label": label, "probability": round(probability, 6)}
+
+
+def _grey(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(-1, 1, SIDE, SIDE) / BRIGHTEST
 
 
 def _picture(data: bytes) -> torch.Tensor:
