@@ -281,5 +281,7 @@ def test_celery_sees_the_worker(settings: Settings, relay: Relay, start: Callabl
         assert [name for name in replies if name.startswith(process.name)], replies
         queues = app.control.inspect(timeout=3).active_queues() or {}
         assert any(q["name"] == "torchrelay.double" for qs in queues.values() for q in qs)
+        replies = app.control.broadcast("enable_events", reply=True, timeout=3)
+        assert [list(reply.values()) for reply in replies] == [[{"ok": "task events enabled"}]]
     finally:
         app.close()

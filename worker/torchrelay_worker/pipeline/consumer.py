@@ -153,6 +153,9 @@ class Consumer:
             def start(self, parent: Any) -> None:
                 # Celery would start itself anew; here the supervisor decides about that.
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                # Three events a message cost more than all else of it; who watches asks for them, as Flower does.
+                if parent.event_dispatcher is not None and not parent.event_dispatcher.groups:
+                    parent.event_dispatcher.groups = {"worker"}
                 outer._celery_consumer = parent
                 outer._add_missing(parent)
 
