@@ -19,7 +19,7 @@ from torchrelay.settings import Settings
 SUBJECT = OURS
 KEEPS = "status and result of every job, in SQL"
 KINDS = ("postgresql", "sqlite")
-CHUNK = 1_000  # jobs
+CHUNK = 4_000  # jobs
 CHUNKS = {"noop": CHUNK, "sleeper": 4 * sleeper_model.BATCH}  # about what a worker that has loaded them would set
 TIMEOUT = 600.0  # seconds that anything may take
 Supervisor: TypeAlias = subprocess.Popen[bytes]

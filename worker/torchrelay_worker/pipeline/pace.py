@@ -11,8 +11,8 @@ AHEAD_SECONDS = 1.0  # of work that a worker claims: enough never to run dry, li
 CHUNKS_AHEAD = 2  # one runs, one is prepared
 SAMPLE_SECONDS = 0.25  # of work over which a rate is measured
 SMOOTHING = 0.5  # weight of the newest sample
-CHUNK_SECONDS = 1.0  # of work that one chunk should be at most
-SMALLEST_CHUNK, LARGEST_CHUNK = 64, 1024  # jobs; a chunk costs a message and two statements, whatever its size
+LEAST_SECONDS, MOST_SECONDS = 0.1, 1.0  # of work that one chunk should be
+SMALLEST_CHUNK, LARGEST_CHUNK = 64, 4096  # jobs; a chunk costs a message and two transactions, whatever its size
 
 
 @dataclass(slots=True)
@@ -92,9 +92,16 @@ class Pace:
         return jobs < max(2.0 * batch, AHEAD_SECONDS * (self.jobs_per_s(key) or 0.0))
 
     def chunk_size(self, key: int, batch: int) -> int:
-        """Return how many jobs should travel together: a few device batches, but no more than a second of work."""
-        wanted = min(max(4 * batch, SMALLEST_CHUNK), LARGEST_CHUNK)
+        """Return how many jobs should travel together: a few device batches, and from a tenth to a second of work.
+
+        Args:
+            batch: inputs of a full device batch.
+        """
+        wanted = max(4 * batch, SMALLEST_CHUNK)
         rate = self.jobs_per_s(key)
-        if rate is not None and rate * CHUNK_SECONDS < wanted:
-            wanted = max(min(batch, wanted), int(rate * CHUNK_SECONDS), 1)
+        if rate is not None:
+            wanted = max(wanted, int(rate * LEAST_SECONDS))
+        wanted = min(wanted, LARGEST_CHUNK)
+        if rate is not None and rate * MOST_SECONDS < wanted:
+            wanted = max(min(batch, wanted), int(rate * MOST_SECONDS), 1)
         return wanted
