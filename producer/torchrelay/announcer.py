@@ -1,7 +1,8 @@
 """announce(model): chunks that wait in SQL go out through Redis, as many as the workers need for a moment.
 
 The one mechanism behind new jobs, delayed jobs, retries, lost messages, an emptied Redis, and fairness. Clients call it
-after a submit, workers when a queue runs low, the maintenance leader every second; calls may overlap.
+after a submit, workers when a queue runs low, the maintenance leader where it sees that something waits; calls may
+overlap. Lone jobs that nobody waits before are announced by the transaction that stores them, and only sent here.
 Not here: which chunk is next (`ChunkStore.announce`), and how messages are sent (`broker`).
 """
 
@@ -12,7 +13,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from torchrelay_storage.waiting import Announced
 
 log = get_logger("torchrelay.announcer")
 
+HELD_SECONDS = 1.0  # of work that a worker holds itself (`pace.AHEAD_SECONDS`), and that is not in Redis
 PER_WORKER = 2  # chunks: one to run and one to prepare
 LEAST = 4  # chunks, where no worker is known yet
 MOST = 512  # chunks: half a megabyte of Redis, more than any model's workers take in a moment
@@ -43,9 +45,13 @@ def window(model: str, workers: Sequence[WorkerRow], seconds: float) -> int:
     """Return how many chunks of a model should be in Redis.
 
     A worker tells in its heartbeat's stats how many chunks a second it runs: {"rates": {"digits": 12.5}}.
+
+    Args:
+        seconds: of work that are announced and not begun, what the workers hold included.
     """
     serving = [w for w in workers if w.alive and (w.models is None or model in w.models)]
     rates = (_rate(w.stats, model) for w in serving)
+    seconds = max(seconds - HELD_SECONDS, seconds / 2)
     wanted = max(math.ceil(seconds * sum(rates)), PER_WORKER * len(serving), LEAST)
     return min(wanted, max(MOST, PER_WORKER * len(serving)))
 
@@ -89,12 +95,11 @@ class Announcer:
             Unreachable: Redis or the database does not answer.
             ModelNotFound: there is no such model.
         """
-        queue = messages.queue_name(model)
-        depths = self._broker.depths(queue)
+        depths = self._broker.depths(messages.queue_name(model))
         left = room(depths, self._window(model))
         if not any(left.values()):
             return 0
-        return self._send(queue, self._chunks.announce(self._id(model), left))
+        return self.send(model, self._chunks.announce(self._id(model), left))
 
     def announce_again(self, model: str) -> int:
         """Send anew what was announced and got lost: at once when the queue is empty, else by age.
@@ -105,7 +110,7 @@ class Announcer:
         queue = messages.queue_name(model)
         size = self._window(model)
         if not any(self._broker.depths(queue).values()):
-            return self._send(queue, self._chunks.announce_again(self._id(model), LOST_AFTER, max(size, LEAST)))
+            return self.send(model, self._chunks.announce_again(self._id(model), LOST_AFTER, max(size, LEAST)))
         if time.monotonic() - self._looked.get(model, -math.inf) < min(LOOK_SECONDS, self._settings.announce_again):
             return 0
         self._looked[model] = time.monotonic()
@@ -115,13 +120,22 @@ class Announcer:
         if limit <= 0:
             return 0
         lost = self._chunks.announce_again(self._id(model), self._settings.announce_again, limit, waiting)
-        return self._send(queue, lost)
+        return self.send(model, lost)
 
-    def _send(self, queue: str, announced: Sequence[Announced]) -> int:
+    def send(self, model: str, announced: Sequence[Announced]) -> int:
+        """Send chunks that are committed as announced. Raises Unreachable."""
         if not announced:
             return 0
         faults.reach("announced")
+        queue = messages.queue_name(model)
         return self._broker.send([(queue, a.priority, a.chunk) for a in announced])
+
+    def window(self, model: str) -> int:
+        """Return how many chunks of a model should be in Redis, as far as is known without asking the database."""
+        read_at, workers = self._workers
+        if time.monotonic() - read_at > FLEET_SECONDS:
+            return LEAST
+        return window(model, workers, self._settings.window)
 
     def _id(self, model: str) -> int:
         number = self._models.get(model)
@@ -143,6 +157,8 @@ class Announces(Protocol):
 
     def announce(self, model: str) -> int: ...
     def announce_again(self, model: str) -> int: ...
+    def send(self, model: str, announced: Sequence[Announced]) -> int: ...
+    def window(self, model: str) -> int: ...
 
 
 class AnnouncerThread:
@@ -160,6 +176,7 @@ class AnnouncerThread:
     def _reset(self) -> None:
         self._changed = threading.Condition()
         self._pending: set[str] = set()
+        self._outbox: dict[str, list[Announced]] = {}  # what is announced and to be sent, by model
         self._busy: str | None = None
         self._down_since: float | None = None
         self._closing = False
@@ -172,10 +189,23 @@ class AnnouncerThread:
 
     def wake(self, model: str) -> None:
         """Announce this model soon. Returns at once; never raises."""
+        self.send_many((model,), {})
+
+    def window(self, model: str) -> int:
+        """Return how many chunks of a model may be announced by whoever stores them, and given to `send_many`."""
+        return 0 if self.is_down or self._closing else self._announcer.window(model)
+
+    def send_many(self, models: Iterable[str], announced: Mapping[str, Sequence[Announced]]) -> None:
+        """Send soon what is announced already, by model, and announce more of `models`. Returns at once; never raises.
+
+        What is not sent before the process ends is sent by the maintenance leader, as what was lost.
+        """
         with self._changed:
             if self._closing:
                 return
-            self._pending.add(model)
+            self._pending.update(models)
+            for model, chunks in announced.items():
+                self._outbox.setdefault(model, []).extend(chunks)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="torchrelay-announcer", daemon=True)
                 self._thread.start()
@@ -187,10 +217,13 @@ class AnnouncerThread:
         Returns False where something was not: it stays in SQL, and the maintenance leader announces it.
         """
         with self._changed:
-            return self._changed.wait_for(self._is_settled, timeout) and not self._pending
+            return self._changed.wait_for(self._is_settled, timeout) and not self._has_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._pending or self._outbox)
 
     def _is_settled(self) -> bool:
-        return (not self._pending and self._busy is None) or self.is_down
+        return (not self._has_work() and self._busy is None) or self.is_down
 
     def close(self, timeout: float = 1.0) -> None:
         """Flush for at most `timeout` seconds, then end the thread."""
@@ -214,22 +247,29 @@ class AnnouncerThread:
             with changed:
                 if self.is_down:  # something was asked for and could not be done: no faster for being asked again
                     changed.wait_for(lambda: self._closing, self._retry_seconds)
-                changed.wait_for(lambda: self._closing or self._pending, IDLE_SECONDS)
-                if self._closing or not self._pending:
+                changed.wait_for(lambda: self._closing or self._has_work(), IDLE_SECONDS)
+                if self._closing or not self._has_work():
                     self._thread = None  # an idle thread ends, so that a relay that nobody closed can be collected
                     return
-                model = self._busy = self._pending.pop()
-            done = self._announce(model)
+                model = self._busy = next(iter(self._outbox or self._pending))
+                chunks = self._outbox.pop(model, [])
+                waits = model in self._pending
+                self._pending.discard(model)
+            done = self._announce(model, chunks, waits=waits)
             with changed:
                 self._busy = None
-                if not done:
+                if not done:  # it may be sent twice, which is harmless
                     self._pending.add(model)
+                    if chunks:
+                        self._outbox[model] = [*chunks, *self._outbox.get(model, ())]
                 changed.notify_all()
 
-    def _announce(self, model: str) -> bool:
+    def _announce(self, model: str, chunks: Sequence[Announced], *, waits: bool) -> bool:
         was_down = self._down_since
         try:
-            self._announcer.announce(model)
+            self._announcer.send(model, chunks)
+            if waits:
+                self._announcer.announce(model)
             if was_down is not None:  # what was announced to a Redis that died may be lost
                 self._announcer.announce_again(model)
         except Unreachable as error:
@@ -240,7 +280,7 @@ class AnnouncerThread:
         except RelayError as error:
             log.warning("announce_refused", model=model, reason=str(error))
         except Exception:
-            log.exception("announce_failed", model=model)  # the maintenance leader tries it again each second
+            log.exception("announce_failed", model=model)  # the maintenance leader tries it again soon
         if was_down is not None:
             self._down_since = None
             log.info("redis_reachable", seconds=round(time.monotonic() - was_down, 1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncIterable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -84,13 +86,14 @@ class AsyncRelay:
         prepared = await self._prepare(model, input, options, key, metadata)
         try:
             placed = await self._place(prepared, session)
+            submitted_at = time.monotonic() if session is None else -math.inf
         except RelayError:
             await self._forget_input(prepared)
             raise
         if placed.existed:
             await self._forget_input(prepared)
             return AsyncJob(self._shared, await self._shared.call(self._core.job, placed.job))
-        return AsyncJob(self._shared, self._core.new_row(prepared, placed))
+        return AsyncJob(self._shared, self._core.new_row(prepared, placed), submitted_at)
 
     async def _prepare(
         self, model: str, input: object, options: Options, key: str | None, metadata: Mapping[str, Any] | None

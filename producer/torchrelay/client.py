@@ -5,6 +5,8 @@ Thread-safe: one Relay serves a whole process, and a forked child goes on with i
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -121,19 +123,21 @@ class Relay:
             from torchrelay.sessions import submit_in, sync_session  # the ORM takes a fifth of a second to import
 
             plain_session = sync_session(session)
+        submitted_at = -math.inf
         prepared = self._core.prepare(model, input, options, key=key, metadata=metadata)
         try:
             if session is not None:
                 placed = submit_in(self._core, plain_session, prepared)
             else:
                 placed = self._core.submit(prepared).result()
+                submitted_at = time.monotonic()
         except RelayError:
             self._core.forget_input(prepared.job.input)
             raise
         if placed.existed:
             self._core.forget_input(prepared.job.input)
             return Job(self._core, self._core.job(placed.job))
-        return Job(self._core, self._core.new_row(prepared, placed))
+        return Job(self._core, self._core.new_row(prepared, placed), submitted_at)
 
     def submit_batch(
         self,

@@ -34,6 +34,8 @@ PING_SECONDS = 5.0  # of silence after which the subscription is tried
 SILENT_SECONDS = 12.0  # of silence after which it counts as dead
 IDLE_SECONDS = 10.0  # without a waiter after which the threads end
 RECONNECT_SECONDS = 1.0
+YOUNG_SECONDS = 0.005  # for which a job is young that was submitted while its end could be heard
+PATIENCE = 0.02  # seconds until a young job is looked up, should nothing be heard of it
 
 Delivery = JobRow | Exception
 
@@ -80,21 +82,39 @@ class Completions:
         self._by_chunk: dict[int, set[int]] = defaultdict(set)  # chunk -> jobs waited for in it
         self._watches: dict[int, set[Callable[[], None]]] = defaultdict(set)  # by batch
         self._fresh: set[int] = set()  # jobs to look up now
+        self._young: dict[int, float] = {}  # jobs to look up later, and when
+        self._has_younger = False  # since the thread has last seen when the next of them is to be looked up
         self._hits: set[int] = set()  # chunks of which something ended
-        self._subscribed = False
+        self._subscribed_at = math.inf
         self._look_at_all = False
         self._closing = False
         self._threads: dict[str, threading.Thread] = {}
 
     # --- waiters ------------------------------------------------------------------------------------------
 
-    def wait_for(self, job: int, chunk: int, deliver: Callable[[Delivery], None]) -> JobWait:
-        """Call `deliver` once the job has ended, or at once where it has. Give the ticket to `drop` in the end."""
+    @property
+    def _subscribed(self) -> bool:
+        return self._subscribed_at < math.inf
+
+    def wait_for(
+        self, job: int, chunk: int, deliver: Callable[[Delivery], None], submitted_at: float = -math.inf
+    ) -> JobWait:
+        """Call `deliver` once the job has ended, or at once where it has. Give the ticket to `drop` in the end.
+
+        Args:
+            submitted_at: by the monotonic clock, where this process has submitted it, so that it cannot have ended long
+                ago: a look at such a job now would be in vain, and its end is heard.
+        """
+        now = time.monotonic()
         ticket = JobWait(job, chunk, deliver)
         with self._changed:
             self._waits[job].add(ticket)
             self._by_chunk[chunk].add(job)
-            self._fresh.add(job)
+            if self._subscribed_at < submitted_at and now - submitted_at < YOUNG_SECONDS:
+                self._young[job] = now + PATIENCE
+                self._has_younger = True
+            else:
+                self._fresh.add(job)
             self._start()
             self._changed.notify_all()
         return ticket
@@ -185,7 +205,11 @@ class Completions:
                 if self._is_idle("torchrelay-completions"):
                     return
                 due = looked_at + (POLL_SUBSCRIBED if self._subscribed else pause)
-                changed.wait_for(self._has_news, max(due - time.monotonic(), 0.0) if self._waits else IDLE_SECONDS)
+                self._has_younger = False
+                soonest = min(due, min(self._young.values(), default=due))
+                changed.wait_for(self._has_news, max(soonest - time.monotonic(), 0.0) if self._waits else IDLE_SECONDS)
+                grown = [job for job, at in self._young.items() if at <= time.monotonic()]
+                self._fresh.update(grown)
                 if self._fresh:
                     pause = POLL_FIRST
                 if self._look_at_all or time.monotonic() >= due:
@@ -195,13 +219,15 @@ class Completions:
                     jobs = {job for chunk in self._hits for job in self._by_chunk.get(chunk, ())}
                     jobs |= self._fresh & self._waits.keys()
                 self._look_at_all = False
+                for job in jobs.intersection(self._young).union(grown):
+                    del self._young[job]
                 self._fresh.clear()
                 self._hits.clear()
             if jobs:
                 self._look(sorted(jobs))
 
     def _has_news(self) -> bool:
-        return bool(self._closing or self._fresh or self._hits or self._look_at_all)
+        return bool(self._closing or self._fresh or self._hits or self._look_at_all or self._has_younger)
 
     def _look(self, jobs: Sequence[int]) -> None:
         found: Mapping[int, JobRow]
@@ -238,6 +264,7 @@ class Completions:
 
     def _forget_job(self, job: int, chunk: int) -> None:
         self._waits.pop(job, None)
+        self._young.pop(job, None)
         self._leave(job, chunk)
 
     def _leave(self, job: int, chunk: int) -> None:
@@ -261,7 +288,7 @@ class Completions:
                     log.warning("subscription_lost", reason=str(error), effect="results are polled until it is back")
                 warned = True
             with changed:
-                self._subscribed = False
+                self._subscribed_at = math.inf
                 changed.notify_all()
                 if warned:
                     changed.wait_for(lambda: self._closing, RECONNECT_SECONDS)
@@ -293,7 +320,8 @@ class Completions:
     def _heard(self, message: Mapping[str, Any]) -> None:
         if message["type"] == "subscribe":
             with self._changed:  # what ended before that was not heard
-                self._subscribed = self._look_at_all = True
+                self._subscribed_at = time.monotonic()
+                self._look_at_all = True
                 wakes = [wake for watches in self._watches.values() for wake in watches]
                 self._changed.notify_all()
             for wake in wakes:

@@ -84,7 +84,7 @@ class Core:
         self.fleet = Fleet(self.db)
         self.announcer = AnnouncerThread(Announcer(self.db, self.broker))
         self.admission = Admission(self.jobs, self.registry, settings.max_queued)
-        self.submitter = Submitter(self.jobs, self.wake_many, self.admission)
+        self.submitter = Submitter(self.jobs, self.announcer.send_many, self.admission, self.announcer.window)
         self.completions = Completions(self.jobs.get, self._subscribe)
         self.closed = False
         self._models: dict[str, tuple[float, ModelVersion]] = {}

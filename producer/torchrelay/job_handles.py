@@ -6,6 +6,7 @@ Not here: SQL (`core`), and how waiting is done (`completions`).
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -31,9 +32,10 @@ LOOK_SECONDS = 0.5  # between two looks at a run whose progress is shown
 class _JobBase:
     """What both kinds of job know without waiting. All but `id` is as of the last `refresh`, or the submit."""
 
-    def __init__(self, core: Core, row: JobRow) -> None:
+    def __init__(self, core: Core, row: JobRow, submitted_at: float = -math.inf) -> None:
         self._core = core
         self._row = row
+        self._submitted_at = submitted_at  # by the monotonic clock, where this process has just submitted it
 
     @property
     def id(self) -> str:
@@ -220,7 +222,7 @@ class Job(_JobBase):
             news.append(delivery)
             arrived.set()
 
-        ticket = self._core.ready().completions.wait_for(self._row.id, self._row.chunk, deliver)
+        ticket = self._core.ready().completions.wait_for(self._row.id, self._row.chunk, deliver, self._submitted_at)
         try:
             end = None if timeout is None else time.monotonic() + timeout
             while not arrived.wait(_next_look(end, look)):
@@ -236,8 +238,8 @@ class Job(_JobBase):
 class AsyncJob(_JobBase):
     """A job as a handle for asyncio: `Job`'s methods, awaitable."""
 
-    def __init__(self, shared: AsyncCore, row: JobRow) -> None:
-        super().__init__(shared.core, row)
+    def __init__(self, shared: AsyncCore, row: JobRow, submitted_at: float = -math.inf) -> None:
+        super().__init__(shared.core, row, submitted_at)
         self._shared = shared
 
     async def refresh(self) -> AsyncJob:
@@ -289,7 +291,7 @@ class AsyncJob(_JobBase):
 
         if self._core.closed:
             raise RelayError("the relay is closed; make another one")
-        ticket = self._core.completions.wait_for(self._row.id, self._row.chunk, deliver)
+        ticket = self._core.completions.wait_for(self._row.id, self._row.chunk, deliver, self._submitted_at)
         try:
             async with asyncio.timeout(timeout):
                 while look is not None and not (await asyncio.wait([arrived], timeout=LOOK_SECONDS))[0]:

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     datasets: list[str] = Field(default_factory=list)  # URLs beside the artifact store that runs may read, and below
 
     # The road.
-    window: Seconds = 2.0  # seconds of work of a model that are in Redis at a time
+    window: Seconds = 2.0  # seconds of work of a model that are announced and not begun, held by workers or in Redis
     announce_again: Seconds = 10.0  # seconds after which an announced chunk that nobody claimed is announced anew
     visibility_timeout: Seconds = 60.0  # seconds after which Celery gives a message to another worker; guards no work
     silent_after: Seconds = 30.0  # seconds that messages may wait for an idle worker before it consumes anew

@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -21,6 +21,7 @@ from torchrelay_storage.errors import KeyConflict, QueueFull, RelayError, Unreac
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion
 from torchrelay_storage.submission import NewJob, Submission, Submitted
+from torchrelay_storage.waiting import Announced
 
 MOST_JOBS = 2_000  # in one transaction
 MOST_BYTES = 16 << 20
@@ -47,16 +48,23 @@ class Submitter:
 
     Args:
         store: the JobStore.
-        on_commit: called with the names of the models of each committed group; must not raise, nor take long.
+        on_commit: called after each commit with the names of the models of which something waits to be announced, and,
+            by model, what is announced already and must be sent; must not raise, nor take long.
         admission: says whether there is room for a job; None: there always is.
+        window: how many chunks of a model, by its name, may be announced by the transaction that stores them.
     """
 
     def __init__(
-        self, store: Stores, on_commit: Callable[[set[str]], None], admission: Admission | None = None
+        self,
+        store: Stores,
+        on_commit: Callable[[Collection[str], Mapping[str, Sequence[Announced]]], None],
+        admission: Admission | None = None,
+        window: Callable[[str], int] = lambda model: 0,
     ) -> None:
         self._store = store
         self._on_commit = on_commit
         self._admission = admission
+        self._window = window
         self._reset()
         _all.add(self)
 
@@ -139,7 +147,10 @@ class Submitter:
         alike: dict[tuple[int, Options], list[_Entry]] = defaultdict(list)
         for entry in group:
             alike[entry.version.id, entry.options].append(entry)
-        submissions = [Submission(es[0].version, es[0].options, [e.job for e in es]) for es in alike.values()]
+        submissions = [
+            Submission(es[0].version, es[0].options, [e.job for e in es], window=self._window(es[0].version.name))
+            for es in alike.values()
+        ]
         try:
             placed = self._store.submit(submissions)
         except Exception as error:
@@ -152,7 +163,11 @@ class Submitter:
                     self._commit([entry])
             return
         faults.reach("committed")
+        waiting: set[str] = set()
+        announced: dict[str, dict[int, Announced]] = defaultdict(dict)
+        told: list[tuple[Future[Submitted], Submitted]] = []
         for entries, results in zip(alike.values(), placed, strict=True):
+            model = entries[0].version.name
             for entry, result in zip(entries, results, strict=True):
                 if isinstance(result, KeyConflict):
                     entry.place.close()
@@ -162,8 +177,15 @@ class Submitter:
                     entry.place.close()
                 else:
                     entry.place.stored()
-                entry.future.set_result(result)
-        self._on_commit({entry.version.name for entry in group})
+                if result.announced:
+                    announced[model][result.chunk] = Announced(result.chunk, entry.options.priority)
+                else:
+                    waiting.add(model)
+                told.append((entry.future, result))
+        # Before the callers run on, and ask how it stands.
+        self._on_commit(waiting, {model: list(chunks.values()) for model, chunks in announced.items()})
+        for future, result in told:
+            future.set_result(result)
 
 
 _all: weakref.WeakSet[Submitter] = weakref.WeakSet()

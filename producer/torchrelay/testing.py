@@ -7,6 +7,7 @@ Not here: tests of a model (`torchrelay models check` runs one).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sqlite3
 import struct
@@ -313,7 +314,9 @@ class _InlineCompletions(Completions):
         super().__init__(core.jobs.get, lambda: None)  # type: ignore[arg-type, return-value]  # nobody subscribes
         self._core = core
 
-    def wait_for(self, job: int, chunk: int, deliver: Callable[[Delivery], None]) -> JobWait:
+    def wait_for(
+        self, job: int, chunk: int, deliver: Callable[[Delivery], None], submitted_at: float = -math.inf
+    ) -> JobWait:
         self._core.run()
         row = self._core.job(job)
         ended = row.state in TERMINAL
@@ -337,13 +340,18 @@ class _Clock(Database):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.ahead = 0.0
+        self._true = self.dialect.now
 
         @event.listens_for(self.engine, "connect")
         def on_connect(connection: sqlite3.Connection, _record: object) -> None:
             connection.execute("PRAGMA synchronous=OFF").close()  # no test outlives a power cut
+            connection.create_function("torchrelay_ahead", 0, lambda: self.ahead)
+
+        self.dialect.now = f"({self._true} + torchrelay_ahead())"
 
     def clock(self, connection: Connection) -> float:
-        return super().clock(connection) + self.ahead
+        # Perhaps on a connection of an application's own, which does not know that function.
+        return float(connection.exec_driver_sql(f"SELECT {self._true}").scalar_one()) + self.ahead
 
 
 _template: bytes | None = None

@@ -92,8 +92,8 @@ class ChunkStore(WaitingChunks, LostChunks):
         returning = "id, token, model, version, batch, priority, timeout, max_attempts, suspect, backoff"
         here = not_paused(":model")
         self._claimable = _chunks(f"""
-            SELECT c.id, c.suspect FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {not_paused("c.model")} {_ALIVE}
+            SELECT c.id, c.suspect, {d.now} AS now FROM chunks c WHERE c.id IN :chunks AND c.state IN (0, 1) AND c.due
+              AND (c.expires_at IS NULL OR c.expires_at > {d.now}) {not_paused("c.model")} {_ALIVE}
             ORDER BY c.id {d.skip_locked}
         """)
         # One state and model at a time, so that an index gives the order: there may be a million that wait.
@@ -111,8 +111,8 @@ class ChunkStore(WaitingChunks, LostChunks):
             WHERE id IN :chunks AND state IN (0, 1) RETURNING {returning}
         """)
         self._too_late = text(f"""
-            SELECT c.id, c.batch FROM chunks c
-            WHERE c.state < 2 AND c.expires_at IS NOT NULL AND c.expires_at <= :now
+            SELECT c.id, c.batch, {d.now} AS now FROM chunks c
+            WHERE c.state < 2 AND c.expires_at IS NOT NULL AND c.expires_at <= (SELECT {d.now})
             ORDER BY c.id LIMIT :limit {d.skip_locked}
         """)
 
@@ -125,9 +125,8 @@ class ChunkStore(WaitingChunks, LostChunks):
         """
 
         def work(connection: Connection) -> list[Claimed]:
-            now = self._db.clock(connection)
-            row = {"chunks": list(chunks), "now": now, "worker": worker}
-            return self._take(connection, connection.execute(self._claimable, row).all(), worker, now)
+            free = connection.execute(self._claimable, {"chunks": list(chunks), "worker": worker}).all()
+            return self._take(connection, free, worker, free[0].now if free else 0.0)
 
         return self._db.transact(work)
 
@@ -138,7 +137,7 @@ class ChunkStore(WaitingChunks, LostChunks):
 
         def work(connection: Connection) -> list[Claimed]:
             now = self._db.clock(connection)
-            connection.execute(self._ripen, {"now": now})
+            connection.execute(self._ripen)
             found: list[Row[Any]] = []
             for statement in self._claimable_next:
                 for model in models:
@@ -230,11 +229,10 @@ class ChunkStore(WaitingChunks, LostChunks):
         """End the jobs that were not started in time."""
 
         def work(connection: Connection) -> Moved:
-            now = self._db.clock(connection)
-            rows = connection.execute(self._too_late, {"now": now, "limit": limit}).all()
+            rows = connection.execute(self._too_late, {"limit": limit}).all()
             if not rows:
                 return Moved()
-            chunks = [row.id for row in rows]
+            chunks, now = [row.id for row in rows], rows[0].now
             count = connection.execute(_EXPIRE_JOBS, [{"chunk": chunk, "now": now} for chunk in chunks]).rowcount
             settle(connection, chunks, now)
             return Moved(count, tuple(chunks), tuple({row.batch for row in rows if row.batch is not None}))

@@ -6,6 +6,7 @@ Not here: any statement about jobs (the stores), and what the two databases do d
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,10 @@ T = TypeVar("T")
 
 # A deadlock or a locked file is over in a moment; a database that restarts is back in a few seconds.
 RETRY_SECONDS = 8.0
+
+# Threads of one process that write to SQLite take turns by a lock of our own: SQLite would let them sleep and look
+# again, up to a tenth of a second at a time. After so long one tries its luck with SQLite.
+TURN_SECONDS = 5.0
 
 
 class Database:
@@ -52,7 +57,16 @@ class Database:
         self.is_sqlite = kind == "sqlite"
         self.dialect: Dialect = Sqlite() if self.is_sqlite else Postgresql()
         self.engine = self.dialect.engine(parsed, pool_size)
-        os.register_at_fork(after_in_child=lambda: self.engine.dispose(close=False))
+        # What only reads needs no transaction where one gives no snapshot anyway: it would cost two round trips more.
+        unbound = {} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
+        self._reading = self.engine.execution_options(torchrelay_read=True, **unbound)
+        self._writing = threading.RLock()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        # A forked child must not speak on its parent's connections, nor wait for a lock of its parent's threads.
+        self.engine.dispose(close=False)
+        self._writing = threading.RLock()
 
     # --- transactions -------------------------------------------------------------------------------------
 
@@ -97,7 +111,7 @@ class Database:
             return self._look(lambda connection: [earlier for earlier in doubtful if is_done(connection, earlier)])
 
         try:
-            with self.engine.begin() as connection:
+            with self._turn(), self.engine.begin() as connection:
                 result = work(connection)
                 for earlier in done():
                     connection.rollback()
@@ -117,8 +131,18 @@ class Database:
             raise
 
     def _look(self, work: Callable[[Connection], T]) -> T:
-        with self.engine.connect().execution_options(torchrelay_read=True) as connection:
+        with self._reading.connect() as connection:
             return work(connection)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        writing = self._writing
+        taken = self.is_sqlite and writing.acquire(timeout=TURN_SECONDS)
+        try:
+            yield
+        finally:
+            if taken:
+                writing.release()
 
     def _retried(self, call: Callable[[], T]) -> T:
         try:

@@ -11,18 +11,24 @@ from sqlalchemy import Connection, bindparam, insert, text
 from sqlalchemy.exc import IntegrityError
 
 from torchrelay_storage import schema
+from torchrelay_storage.database import Database
 from torchrelay_storage.dialect import JobTuple
 from torchrelay_storage.errors import KeyConflict
 from torchrelay_storage.ids import Kind, draw, show
 from torchrelay_storage.retries import JobRetries
+from torchrelay_storage.states import ChunkState
 from torchrelay_storage.submission import Submission, Submitted, chunk_row, resolved, runs, spans
-from torchrelay_storage.turns import last_turn
+from torchrelay_storage.turns import Stand, last_turn, stand, standing
 
 REDRAWS = 5  # two collisions in a row come once in 10^13 submits
 
 
 class JobEnqueue(JobRetries):
     """The moves that store jobs."""
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database)
+        self._standing = standing(database.dialect.now)
 
     def submit(
         self, submissions: Sequence[Submission], connection: Connection | None = None
@@ -67,28 +73,33 @@ class JobEnqueue(JobRetries):
         *,
         bulk: bool,
     ) -> list[list[Submitted | KeyConflict]]:
-        now = self._db.clock(connection)
+        now = 0.0
         placed: list[list[Submitted | KeyConflict]] = []
         chunks: list[dict[str, object]] = []
         rows: list[JobTuple] = []
         turns: dict[tuple[int, int, int], int] = {}
+        room: dict[int, int] = {}  # by model: how many of these chunks may be announced at once
         for submission, first in zip(submissions, firsts, strict=True):
             where = self._take_keys(connection, submission, first)
-            lane = (
-                submission.version.model,
-                submission.options.priority,
-                submission.flow,
-            )
+            model = submission.version.model
+            lane = (model, submission.options.priority, submission.flow)
             for run in runs(submission, where):
                 if lane not in turns:
-                    turns[lane] = last_turn(connection, *lane)
+                    found = self._stand(connection, lane, submission.window if bulk else 0)
+                    turns[lane], now = found.last, max(now, found.now)
+                    room.setdefault(model, found.room)
                 turns[lane] += 1
                 chunk = first + run[0]  # a chunk is named after its first job
-                chunks.append(chunk_row(submission, (chunk, first + run[-1], len(run)), turns[lane], now))
+                row = chunk_row(submission, (chunk, first + run[-1], len(run)), turns[lane], now)
+                announced = bool(room[model] > 0 and row["due"])
+                if announced:
+                    room[model] -= 1
+                    row |= {"state": ChunkState.ANNOUNCED, "announced_at": now}
+                chunks.append(row)
                 for i in run:
                     job = submission.jobs[i]
                     rows.append((first + i, chunk, submission.batch, job.input, job.metadata))
-                    where[i] = Submitted(first + i, chunk)
+                    where[i] = Submitted(first + i, chunk, announced=announced)
             placed.append([resolved(where[i], first, where) for i in range(len(submission.jobs))])
         if chunks:
             connection.execute(insert(schema.chunks), chunks)
@@ -98,6 +109,11 @@ class JobEnqueue(JobRetries):
                 names = ("id", "chunk", "batch", "input", "metadata")
                 connection.execute(insert(schema.jobs), [dict(zip(names, row, strict=True)) for row in rows])
         return placed
+
+    def _stand(self, connection: Connection, lane: tuple[int, int, int], window: int) -> Stand:
+        if window:
+            return stand(connection, self._standing, lane, window)
+        return Stand(self._db.clock(connection), last_turn(connection, *lane), 0)
 
     def _take_keys(
         self, connection: Connection, submission: Submission, first: int

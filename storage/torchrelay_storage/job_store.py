@@ -51,7 +51,7 @@ class JobStore(JobEnqueue):
 
     def __init__(self, database: Database) -> None:
         super().__init__(database)
-        locked = f"""SELECT id, token, batch FROM chunks
+        locked = f"""SELECT id, token, batch, {database.dialect.now} AS now FROM chunks
             WHERE id IN :chunks AND state = 2 AND worker = :worker ORDER BY id {database.dialect.lock}"""
         self._held = text(locked).bindparams(bindparam("chunks", expanding=True))
 
@@ -71,12 +71,12 @@ class JobStore(JobEnqueue):
         touched = sorted({g.chunk for g in good}.union(o.chunk for o in others))
 
         def work(connection: Connection) -> tuple[Finished, float]:
-            now = self._db.clock(connection)
+            now = 0.0  # of who holds nothing any more, and so writes nothing
             held = {}
             batches: dict[int, None] = {}
             for run in slices(touched):
                 for row in connection.execute(self._held, {"chunks": list(run), "worker": worker}):
-                    held[row.id] = row.token
+                    held[row.id], now = row.token, max(now, row.now)
                     if row.batch is not None:
                         batches[row.batch] = None
             done = [g for g in good if held.get(g.chunk) == g.token]

@@ -56,7 +56,8 @@ class ChunkState(IntEnum):
     DONE = 3  # none of its jobs is open
 
 
-# Who may move what. The key is the move's name, as the stores' methods call it.
+# Who may move what. The key is the move's name, as the stores' methods call it. A chunk begins as waiting, or as
+# announced where its submitter sends it at once.
 CHUNK_MOVES: dict[str, tuple[frozenset[ChunkState], ChunkState]] = {
     "announce": (frozenset({ChunkState.WAITING}), ChunkState.ANNOUNCED),
     "claim": (frozenset({ChunkState.WAITING, ChunkState.ANNOUNCED}), ChunkState.CLAIMED),

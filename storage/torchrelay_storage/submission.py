@@ -11,6 +11,7 @@ from torchrelay_storage.errors import KeyConflict
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion
 from torchrelay_storage.settle import MAX_CHUNK
+from torchrelay_storage.states import ChunkState
 
 LONE_FLOW = 0  # lone jobs of a model share one flow
 CHUNK_BYTES = 8 << 20  # a chunk is read whole by its worker: large inputs travel in smaller company
@@ -37,6 +38,8 @@ class Submission:
     """Jobs of one model version that share their options, and so may share chunks.
 
     Attributes:
+        window: how many chunks of the model may be announced and not claimed, where the submitter sends what is
+            announced at once; 0: all wait to be announced.
         ids: the first of `len(jobs)` consecutive ids, where they were drawn before (an input in the object store lies
             under its job's id); None: drawn here.
     """
@@ -46,6 +49,7 @@ class Submission:
     jobs: Sequence[NewJob]
     batch: int | None = None
     ids: int | None = None
+    window: int = 0
 
     @property
     def flow(self) -> int:
@@ -57,11 +61,17 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """Where a job was stored. `existed`: the key was known, with this very input; nothing was stored."""
+    """Where a job was stored.
+
+    Attributes:
+        existed: the key was known, with this very input; nothing was stored.
+        announced: its chunk is to be sent through Redis once the transaction is committed.
+    """
 
     job: int
     chunk: int
     existed: bool = False
+    announced: bool = False
 
 
 def resolved(
@@ -107,12 +117,14 @@ def spans(version: ModelVersion, inputs: Sequence[bytes]) -> Iterator[tuple[int,
 
 
 def chunk_row(submission: Submission, span: tuple[int, int, int], turn: int, now: float) -> dict[str, object]:
+    """Return the row of a chunk that waits. `span`: its first and last job, and how many it has."""
     first, last, size = span
     version, options = submission.version, submission.options
     start = now + options.delay if options.delay is not None else options.not_before
     due = start is None or start <= now
     return {
-        "id": first, "model": version.model, "version": version.id, "batch": submission.batch,
+        "id": first, "state": ChunkState.WAITING, "announced_at": None,
+        "model": version.model, "version": version.id, "batch": submission.batch,
         "tenant": options.tenant, "flow": submission.flow, "priority": options.priority, "turn": turn,
         "first_id": first, "last_id": last, "size": size, "due": due, "not_before": start,
         "timeout": options.timeout, "max_attempts": options.max_attempts, "created_at": now,

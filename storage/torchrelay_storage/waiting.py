@@ -62,28 +62,29 @@ class WaitingChunks:
         self._costs: dict[int, tuple[float, float]] = {}  # by model: when its whole queue was looked at, how long
         d = database.dialect
         here = not_paused(":model")
-        self._ripen = text("UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= :now")
+        now = f"(SELECT {d.now})"  # taken once in a statement, so that an index can look for it
+        self._ripen = text(f"UPDATE chunks SET due = true WHERE state = 0 AND NOT due AND not_before <= {now}")
         self._next = text(f"""
             SELECT c.id, c.priority, c.turn FROM chunks c
             WHERE c.state = 0 AND c.due AND c.model = :model AND c.priority >= :least
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {here}
+              AND (c.expires_at IS NULL OR c.expires_at > {now}) {here}
             ORDER BY c.priority DESC, c.turn, c.id LIMIT :limit {d.skip_locked}
         """)
         self._next_of = text(f"""
             SELECT c.id, c.priority, c.turn FROM chunks c
             WHERE c.state = 0 AND c.due AND c.model = :model AND c.priority = :priority AND c.turn >= :present
-              AND (c.expires_at IS NULL OR c.expires_at > :now) {here}
+              AND (c.expires_at IS NULL OR c.expires_at > {now}) {here}
             ORDER BY c.turn, c.id LIMIT :limit {d.skip_locked}
         """)
         self._announce = _chunks(
-            "UPDATE chunks SET state = 1, announced_at = :now WHERE id IN :chunks AND state = 0 RETURNING id"
+            f"UPDATE chunks SET state = 1, announced_at = {now} WHERE id IN :chunks AND state = 0 RETURNING id"
         )
         self._overdue = text(f"""
             SELECT c.id, c.priority FROM chunks c
-            WHERE c.state = 1 AND c.model = :model AND c.announced_at <= :before {here}
+            WHERE c.state = 1 AND c.model = :model AND c.announced_at <= {now} - :older_than {here}
             ORDER BY c.announced_at LIMIT :limit {d.skip_locked}
         """)
-        self._again = _chunks("UPDATE chunks SET announced_at = :now WHERE id IN :chunks AND state = 1 RETURNING id")
+        self._again = _chunks(f"UPDATE chunks SET announced_at = {now} WHERE id IN :chunks AND state = 1 RETURNING id")
 
     def announce(self, model: int, room: Mapping[int, int]) -> list[Announced]:
         """Move waiting chunks whose time has come to `announced`, in the order of priority, then turn.
@@ -100,16 +101,15 @@ class WaitingChunks:
         least = min(p for p, n in room.items() if n > 0)
 
         def work(connection: Connection) -> list[Announced]:
-            now = self._db.clock(connection)
-            connection.execute(self._ripen, {"now": now})
-            rows = self._look(connection, {"model": model, "least": least, "limit": limit, "now": now})
+            connection.execute(self._ripen)
+            rows = self._look(connection, {"model": model, "least": least, "limit": limit})
             chosen: list[Row[Any]] = []
             for row in rows:  # most urgent first, so what is chosen so far is what is as urgent or more
                 if len(chosen) < room.get(row.priority, 0):
                     chosen.append(row)
             if not chosen:
                 return []
-            moved = set(connection.execute(self._announce, {"chunks": [r.id for r in chosen], "now": now}).scalars())
+            moved = set(connection.execute(self._announce, {"chunks": [r.id for r in chosen]}).scalars())
             announced = [row for row in chosen if row.id in moved]
             latest: dict[int, int] = {}
             for row in announced:
@@ -150,29 +150,29 @@ class WaitingChunks:
         """
 
         def work(connection: Connection) -> list[Announced]:
-            now = self._db.clock(connection)
-            scope = {"model": model, "before": now - older_than, "limit": limit + len(waiting)}
+            scope = {"model": model, "older_than": older_than, "limit": limit + len(waiting)}
             rows = [row for row in connection.execute(self._overdue, scope) if row.id not in waiting][:limit]
             if not rows:
                 return []
-            moved = set(connection.execute(self._again, {"chunks": [r.id for r in rows], "now": now}).scalars())
+            moved = set(connection.execute(self._again, {"chunks": [r.id for r in rows]}).scalars())
             return [Announced(row.id, row.priority) for row in rows if row.id in moved]
 
         return self._db.transact(work)
 
     def due_models(self) -> list[ModelDue]:
         """Return the models that have something to announce or to announce again."""
-        statement = text("""
+        statement = text(f"""
             SELECT m.id, m.name,
                    EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND c.due AND c.model = m.id)
-                   OR EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND NOT c.due AND c.not_before <= :now
+                   OR EXISTS (SELECT 1 FROM chunks c WHERE c.state = 0 AND NOT c.due
+                              AND c.not_before <= (SELECT {self._db.dialect.now})
                               AND c.model = m.id) AS waiting,
                    EXISTS (SELECT 1 FROM chunks c WHERE c.state = 1 AND c.model = m.id) AS announced
             FROM models m WHERE NOT m.paused
         """)
 
         def work(connection: Connection) -> list[ModelDue]:
-            rows = connection.execute(statement, {"now": self._db.clock(connection)})
+            rows = connection.execute(statement)
             return [
                 ModelDue(r.id, r.name, bool(r.waiting), bool(r.announced)) for r in rows if r.waiting or r.announced
             ]

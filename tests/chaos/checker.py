@@ -23,8 +23,10 @@ STATES = {0: OPEN, 1: SUCCEEDED, 2: FAILED, 3: "cancelled", 4: "expired"}
 WAITING, ANNOUNCED, CLAIMED, DONE = range(4)
 
 # From a state to a state, as the design says; a chunk that is done stays so: a retry makes another one.
-CHUNK_MOVES = {(None, WAITING), (WAITING, ANNOUNCED), (WAITING, CLAIMED), (ANNOUNCED, CLAIMED), (ANNOUNCED, WAITING),
-               (CLAIMED, WAITING), (WAITING, DONE), (ANNOUNCED, DONE), (CLAIMED, DONE)}  # fmt: skip
+CHUNK_MOVES = {
+    (None, WAITING), (None, ANNOUNCED), (WAITING, ANNOUNCED), (WAITING, CLAIMED), (ANNOUNCED, CLAIMED),
+    (ANNOUNCED, WAITING), (CLAIMED, WAITING), (WAITING, DONE), (ANNOUNCED, DONE), (CLAIMED, DONE),
+}  # fmt: skip
 JOB_MOVES = {(None, OPEN), (OPEN, OPEN), *((OPEN, end) for end in STATES.values() if end != OPEN)}
 RETRIES = {(end, OPEN) for end in ("failed", "cancelled", "expired")}
 

@@ -1,12 +1,16 @@
-"""Who is announced next where a look at a whole queue is dear, as it is while somebody holds an old snapshot."""
+"""Who is announced next where a look at a whole queue is dear, and who is announced by the submit itself."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from integration.storage.job_scene import Scene
 from torchrelay_storage import waiting
 from torchrelay_storage.database import Database
+from torchrelay_storage.options import Options
+from torchrelay_storage.submission import NewJob, Submission, Submitted
 
 
 @pytest.fixture
@@ -63,3 +67,80 @@ def test_a_cheap_look_is_always_at_all(scene: Scene, monkeypatch: pytest.MonkeyP
     announce(scene, 4)
     [urgent] = scene.submit(1, priority=9)
     assert announce(scene, 2) == chunks_of(scene, [urgent, plain[4]])
+
+
+# --- announced by the submit itself ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet(database: Database) -> Scene:
+    return Scene(database)
+
+
+def submit_within(scene: Scene, window: int, n: int = 1, **options: Any) -> list[Submitted]:
+    """Submit lone jobs whose submitter would send what may be announced at once."""
+    jobs = [NewJob(b"1") for _ in range(n)]
+    [placed] = scene.jobs.submit([Submission(scene.version, Options(**options), jobs, window=window)])
+    return [one for one in placed if isinstance(one, Submitted)]
+
+
+def states(scene: Scene, placed: list[Submitted]) -> list[int]:
+    return [scene.chunk(one.job).state for one in placed]
+
+
+def test_a_lone_job_is_announced_as_it_is_stored(quiet: Scene) -> None:
+    [one] = submit_within(quiet, 4)
+    chunk = quiet.chunk(one.job)
+    assert (one.announced, chunk.state, chunk.announced_at) == (True, 1, chunk.created_at)
+    [claimed] = quiet.chunks.claim([one.chunk], quiet.worker)
+    assert quiet.finish(claimed).recorded == 1
+    quiet.check()
+
+
+def test_what_was_announced_so_and_got_lost_is_sent_again(quiet: Scene) -> None:
+    [one] = submit_within(quiet, 4)
+    assert quiet.chunks.announce_again(quiet.version.model, 60.0, 4) == []
+    assert [again.chunk for again in quiet.chunks.announce_again(quiet.version.model, 0.0, 4)] == [one.chunk]
+
+
+def test_no_more_than_the_window_takes(quiet: Scene) -> None:
+    placed = submit_within(quiet, 2, n=12)  # three chunks of four
+    assert states(quiet, placed) == [1] * 8 + [0] * 4
+    assert [one.announced for one in placed] == [True] * 8 + [False] * 4
+    assert states(quiet, submit_within(quiet, 2)) == [0]
+    quiet.claim(placed[0].job)
+    assert states(quiet, submit_within(quiet, 2)) == [0], "there is room, but others wait"
+    assert announce(quiet, 9)[0] == placed[8].chunk
+    assert states(quiet, submit_within(quiet, 9)) == [1]
+
+
+@pytest.mark.parametrize("why", ["waiting", "paused", "delayed", "no window"])
+def test_what_has_to_wait_waits(quiet: Scene, why: str) -> None:
+    if why == "waiting":
+        quiet.submit(1, priority=0)
+    elif why == "paused":
+        quiet.registry.pause("m")
+    [one] = submit_within(quiet, 0 if why == "no window" else 4, **{"delay": 60} if why == "delayed" else {})
+    assert (one.announced, states(quiet, [one])) == (False, [0])
+
+
+def test_what_is_delayed_holds_up_nobody(quiet: Scene) -> None:
+    quiet.submit(1, delay=60)
+    assert states(quiet, submit_within(quiet, 4)) == [1]
+
+
+def test_two_sets_of_options_share_the_window(quiet: Scene) -> None:
+    submissions = [
+        Submission(quiet.version, Options(priority=priority), [NewJob(b"1")], window=1) for priority in (5, 9)
+    ]
+    placed = quiet.jobs.submit(submissions)
+    assert [one.announced for some in placed for one in some if isinstance(one, Submitted)] == [True, False]
+
+
+def test_flows_that_wait_are_as_fair_as_ever(quiet: Scene) -> None:
+    for _ in range(3):
+        submit_within(quiet, 3)
+    one, other = quiet.submit(8, tenant="a"), quiet.submit(8, tenant="b")
+    lone = submit_within(quiet, 3)
+    order = announce(quiet, 9)
+    assert set(order[:3]) == {lone[0].chunk, *chunks_of(quiet, [one[0], other[0]])}, "the first of each flow"

@@ -315,7 +315,7 @@ class Store:
 
 def submitter(database: Database, total: int | None = None) -> tuple[Store, Submitter, Admission]:
     store, admission = Store(), database.admission(total)
-    return store, Submitter(store, lambda _: None, admission), admission
+    return store, Submitter(store, lambda models, announced: None, admission), admission
 
 
 def outcome(future: Future[Submitted]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -24,6 +24,7 @@ from torchrelay_storage.job_store import JobStore
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion, Registry
 from torchrelay_storage.submission import NewJob, Submission
+from torchrelay_storage.waiting import Announced
 
 QUEUE = messages.queue_name("digits")
 
@@ -46,9 +47,9 @@ def fast(rate: float) -> WorkerRow:
         ([replace(WORKER, alive=False)] * 10, 4),
         ([replace(WORKER, models=("other",))] * 10, 4),
         ([replace(WORKER, models=("digits",))] * 10, 20),
-        ([fast(30.0)], 60),
-        ([fast(30.0), fast(0.5)], 61),
-        ([fast(30.0), replace(fast(900.0), alive=False)], 60),
+        ([fast(30.0)], 30),
+        ([fast(30.0), fast(0.5)], 31),
+        ([fast(30.0), replace(fast(900.0), alive=False)], 30),
         ([fast(1e9)], 512),
         ([WORKER] * 400, 800),
         ([replace(WORKER, stats={"rates": {"digits": "many"}})], 4),
@@ -56,7 +57,7 @@ def fast(rate: float) -> WorkerRow:
         ([fast(float("nan"))], 4),
     ],
 )
-def test_a_window_is_two_seconds_of_work_and_two_chunks_a_worker(workers: list[WorkerRow], chunks: int) -> None:
+def test_a_window_is_a_second_of_work_and_two_chunks_a_worker(workers: list[WorkerRow], chunks: int) -> None:
     assert window("digits", workers, 2.0) == chunks
 
 
@@ -114,7 +115,7 @@ def test_an_urgent_chunk_never_waits_for_room_that_lesser_ones_hold(system: Syst
 def test_the_fleet_widens_the_window(system: System) -> None:
     fleet = Fleet(system.db)
     worker = fleet.register("w", host="h", pid=1, device="cpu").id
-    fleet.beat(worker, {"rates": {"digits": 5.0}})
+    fleet.beat(worker, {"rates": {"digits": 10.0}})
     system.submit(20)
     assert system.announcer.announce("digits") == 10
 
@@ -207,6 +208,16 @@ class Double:
         self.calls.append(f"again {model}")
         return 0
 
+    def send(self, model: str, announced: Sequence[Announced]) -> int:
+        if announced:
+            self.calls.append(f"{model} {[a.chunk for a in announced]}")
+            if self.away:
+                raise Unreachable("Redis is away")
+        return len(announced)
+
+    def window(self, model: str) -> int:
+        return 4
+
 
 def test_wakes_of_one_model_coalesce() -> None:
     double = Double()
@@ -220,6 +231,33 @@ def test_wakes_of_one_model_coalesce() -> None:
         double.gate.set()
         assert thread.flush(5)
         assert sorted(double.calls) == ["a", "a", "b"]
+
+
+def test_what_is_announced_already_is_only_sent() -> None:
+    double = Double()
+    with AnnouncerThread(double) as thread:
+        assert thread.window("a") == 4
+        thread.send_many([], {"a": [Announced(1, 5), Announced(2, 5)]})
+        assert thread.flush(5)
+        assert double.calls == ["a [1, 2]"]
+        thread.send_many(["b"], {"b": [Announced(3, 5)]})
+        assert thread.flush(5)
+    assert double.calls == ["a [1, 2]", "b [3]", "b"]
+    assert thread.window("a") == 0, "it is closed"
+
+
+def test_what_could_not_be_sent_is_sent_later() -> None:
+    double = Double()
+    double.away = True
+    with AnnouncerThread(double, retry_seconds=0.01) as thread:
+        thread.send_many([], {"a": [Announced(1, 5)]})
+        wait_until(lambda: len(double.calls) > 3)
+        assert thread.window("a") == 0, "what is stored now waits in SQL"
+        double.away = False
+        wait_until(lambda: not thread.is_down)
+        assert thread.flush(5)
+    assert "a" in double.calls
+    assert double.calls[-1] == "again a"
 
 
 def test_redis_away_is_said_once_and_made_up_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -93,10 +94,10 @@ class Channel:
 class Waiter:
     """Someone who waits."""
 
-    def __init__(self, completions: Completions, job: int, chunk: int) -> None:
+    def __init__(self, completions: Completions, job: int, chunk: int, submitted_at: float = -math.inf) -> None:
         self.news: list[Delivery] = []
         self.arrived = threading.Event()
-        self.ticket = completions.wait_for(job, chunk, self.deliver)
+        self.ticket = completions.wait_for(job, chunk, self.deliver, submitted_at)
 
     def deliver(self, news: Delivery) -> None:
         self.news.append(news)
@@ -169,6 +170,55 @@ def test_news_of_other_chunks_asks_nothing(world: World, make: Callable[[], Comp
     assert not waiter.news
     completions.drop(waiter.ticket)
     assert completions.waiting == 0
+
+
+def subscribed(world: World, make: Callable[[], Completions]) -> Completions:
+    """Completions that hear, since somebody waits already."""
+    completions = make()
+    world.rows[99] = row(99, 99)
+    Waiter(completions, 99, 99)
+    wait_until(settled(world, completions))
+    time.sleep(0.05)
+    world.asked.clear()
+    return completions
+
+
+def test_a_job_submitted_just_now_is_not_looked_up_before_its_end_is_heard(
+    world: World, make: Callable[[], Completions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 60.0)
+    completions = subscribed(world, make)
+    world.rows[1] = row(1, 10)
+    waiter = Waiter(completions, 1, 10, time.monotonic())
+    time.sleep(0.1)
+    assert world.asked == []
+    world.end(1)
+    assert waiter.result() == world.rows[1]
+    assert world.asked == [[1]]
+    assert not completions._young
+
+
+def test_nor_is_it_forgotten_should_its_end_not_be_heard(world: World, make: Callable[[], Completions]) -> None:
+    completions = subscribed(world, make)
+    world.rows[1] = row(1, 10, JobState.SUCCEEDED)  # between its submit and the wait
+    assert Waiter(completions, 1, 10, time.monotonic()).result() == world.rows[1]
+    world.rows[2] = row(2, 20)
+    dropped = Waiter(completions, 2, 20, time.monotonic())
+    completions.drop(dropped.ticket)
+    assert not completions._young
+
+
+@pytest.mark.parametrize("why", ["long ago", "before the subscription"])
+def test_a_job_that_may_have_ended_unheard_is_looked_up_at_once(
+    world: World, make: Callable[[], Completions], monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", 60.0)
+    world.rows[1] = row(1, 10, JobState.SUCCEEDED)
+    if why == "long ago":
+        waiter = Waiter(subscribed(world, make), 1, 10, time.monotonic() - 1.0)
+    else:
+        waiter = Waiter(make(), 1, 10, time.monotonic())
+    assert waiter.result() == world.rows[1]
 
 
 def test_what_ends_before_the_subscription_stands_is_not_missed(world: World, make: Callable[[], Completions]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchrelay_storage.errors import KeyConflict, RelayError, Unreachable
 from torchrelay_storage.options import Options
 from torchrelay_storage.registry import ModelVersion
 from torchrelay_storage.submission import NewJob, Submission, Submitted
+from torchrelay_storage.waiting import Announced
 
 
 def version(number: int = 1, name: str = "digits") -> ModelVersion:
@@ -52,7 +53,7 @@ class Store:
                     results.append(KeyConflict("taken", "j_x"))
                 else:
                     self.stored.append(job.input)
-                    results.append(Submitted(len(self.stored), 7))
+                    results.append(Submitted(len(self.stored), 7, announced=submission.window > 0))
             placed.append(results)
         return placed
 
@@ -75,7 +76,7 @@ def outcome(future: Future[Submitted]) -> Any:
 def test_those_that_come_meanwhile_share_a_transaction_and_what_agrees_a_chunk() -> None:
     store = Store()
     woken: list[set[str]] = []
-    submitter = Submitter(store, woken.append)
+    submitter = Submitter(store, lambda models, announced: woken.append(set(models)))
     urgent = Options(priority=9)
     entries = [(version(), Options(), NewJob(b"a")), (version(), urgent, NewJob(b"b")),
                (version(), Options(), NewJob(b"c")), (version(2, "other"), Options(), NewJob(b"d"))]  # fmt: skip
@@ -87,9 +88,27 @@ def test_those_that_come_meanwhile_share_a_transaction_and_what_agrees_a_chunk()
     assert woken == [{"digits"}, {"digits", "other"}]
 
 
+def test_what_was_announced_with_its_transaction_is_to_be_sent() -> None:
+    store = Store()
+    told: list[tuple[set[str], dict[str, list[Announced]]]] = []
+    windows = {"digits": 4, "other": 0}
+
+    def on_commit(models: Collection[str], announced: Mapping[str, Sequence[Announced]]) -> None:
+        told.append((set(models), {name: list(chunks) for name, chunks in announced.items()}))
+
+    submitter = Submitter(store, on_commit, window=windows.__getitem__)
+    entries = [(version(), Options(priority=9), NewJob(b"a")), (version(), Options(priority=9), NewJob(b"b")),
+               (version(2, "other"), Options(), NewJob(b"c"))]  # fmt: skip
+    for future in queued_behind(store, submitter, entries):
+        future.result(5)
+    submitter.close()
+    assert [s.window for s in store.groups[1]] == [4, 0]
+    assert told[1] == ({"other"}, {"digits": [Announced(7, 9)]})
+
+
 def test_a_conflict_is_raised_to_its_own_caller() -> None:
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     jobs = [NewJob(b"a"), NewJob(b"b", key="taken", digest=b""), NewJob(b"c")]
     futures = queued_behind(store, submitter, [(version(), Options(), job) for job in jobs])
     submitter.close()
@@ -98,7 +117,7 @@ def test_a_conflict_is_raised_to_its_own_caller() -> None:
 
 def test_one_that_cannot_be_stored_does_not_hurt_its_group() -> None:
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     inputs = [b"a", b"poison", b"c"]
     futures = queued_behind(store, submitter, [(version(), Options(), NewJob(i)) for i in inputs])
     submitter.close()
@@ -108,7 +127,7 @@ def test_one_that_cannot_be_stored_does_not_hurt_its_group() -> None:
 
 def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     store.gate.clear()
     futures = [submitter.submit(version(), Options(), NewJob(b"a"))]
     wait_until(lambda: store.groups)
@@ -124,7 +143,7 @@ def test_a_database_that_is_away_is_told_to_all_and_asked_once() -> None:
 
 def test_a_thousand_callers_cost_a_few_commits() -> None:
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     entries = [(version(), Options(), NewJob(b"%d" % n)) for n in range(1000)]
     futures = queued_behind(store, submitter, entries)
     assert len({outcome(f).job for f in futures}) == 1000
@@ -136,7 +155,7 @@ def test_a_group_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_JOBS", 3)
     monkeypatch.setattr(module, "MOST_BYTES", 8)
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     futures = queued_behind(store, submitter, [(version(), Options(), NewJob(b"1234")) for _ in range(6)])
     assert all(isinstance(outcome(f), Submitted) for f in futures)
     submitter.close()
@@ -144,7 +163,7 @@ def test_a_group_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lone_caller_waits_for_nobody() -> None:
-    submitter = Submitter(Store(), lambda models: None)
+    submitter = Submitter(Store(), lambda models, announced: None)
     submitter.submit(version(), Options(), NewJob(b"a")).result(5)
     began = time.monotonic()
     for _ in range(200):
@@ -155,7 +174,7 @@ def test_a_lone_caller_waits_for_nobody() -> None:
 
 def test_what_is_cancelled_in_time_leaves_nothing() -> None:
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     store.gate.clear()
     submitter.submit(version(), Options(), NewJob(b"first"))
     wait_until(lambda: store.groups)
@@ -167,7 +186,7 @@ def test_what_is_cancelled_in_time_leaves_nothing() -> None:
 
 def test_closing_stores_what_is_queued_and_takes_no_more() -> None:
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     futures = [submitter.submit(version(), Options(), NewJob(b"a")) for _ in range(10)]
     submitter.close()
     assert all(f.done() for f in futures)
@@ -178,7 +197,7 @@ def test_closing_stores_what_is_queued_and_takes_no_more() -> None:
 
 def test_an_idle_thread_ends_and_the_next_submit_starts_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE_SECONDS", 0.02)
-    submitter = Submitter(Store(), lambda models: None)
+    submitter = Submitter(Store(), lambda models, announced: None)
     for _ in range(3):
         submitter.submit(version(), Options(), NewJob(b"a")).result(5)
         wait_until(lambda: not [t for t in threading.enumerate() if t.name == "torchrelay-submitter"])
@@ -188,7 +207,7 @@ def test_an_idle_thread_ends_and_the_next_submit_starts_another(monkeypatch: pyt
 def test_many_threads_and_short_idle_times_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IDLE_SECONDS", 0.0)
     store = Store()
-    submitter = Submitter(store, lambda models: None)
+    submitter = Submitter(store, lambda models, announced: None)
     with ThreadPoolExecutor(8) as pool:
         placed = list(
             pool.map(lambda n: submitter.submit(version(), Options(), NewJob(b"%d" % n)).result(5).job, range(500))
@@ -198,7 +217,7 @@ def test_many_threads_and_short_idle_times_lose_nothing(monkeypatch: pytest.Monk
 
 
 def test_a_forked_child_submits_by_itself() -> None:
-    submitter = Submitter(Store(), lambda models: None)
+    submitter = Submitter(Store(), lambda models, announced: None)
     submitter.submit(version(), Options(), NewJob(b"a")).result(5)
 
     def child() -> None:
