@@ -35,6 +35,16 @@ POISON_BASE = 900_000_000  # above all numbers of the clients
 POISON_TIMEOUT = 3.0  # seconds: the limit of a job that hangs
 
 # Holds a transaction on a SQLite file until its standard input ends, or it is killed.
+# All of Redis at one moment, as a snapshot of its own is: key by key, what moves meanwhile would be torn apart.
+SNAPSHOT = """
+    local found = {}
+    for _, key in ipairs(redis.call('KEYS', '*')) do
+        table.insert(found, key)
+        table.insert(found, redis.call('DUMP', key))
+    end
+    return found
+"""
+
 _WRITER = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], timeout=30, isolation_level=None)
@@ -44,6 +54,15 @@ connection.execute("INSERT INTO chaos_orders VALUES ('never')")
 print("holds", flush=True)
 sys.stdin.read()
 """
+
+
+def roll_back(client: redis.Redis, snapshot: Sequence[bytes]) -> None:
+    """Let Redis hold what it held when a snapshot was taken, and nothing else."""
+    with client.pipeline() as pipeline:
+        pipeline.flushall()
+        for key, data in zip(snapshot[::2], snapshot[1::2], strict=True):
+            pipeline.restore(key, 0, data)
+        pipeline.execute()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +254,10 @@ class Injector:
 
     def _roll_redis_back(self, fault: Fault) -> Injected:
         with self._alone("redis"), redis.Redis(port=self.system.redis.port, socket_timeout=5) as client:
-            held = {key: data for key in client.scan_iter() if (data := client.dump(key)) is not None}
+            snapshot: Any = client.eval(SNAPSHOT, 0)
             self._last(fault)
             began = time.time()
-            with client.pipeline() as pipeline:
-                pipeline.flushall()
-                for key, data in held.items():
-                    pipeline.restore(key, 0, data)
-                pipeline.execute()
+            roll_back(client, snapshot)
             return Injected(fault, began, began)
 
     # --- the database ---------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import redis
 from sqlalchemy import text
 
 from chaos import audit, checker, journal
-from chaos.faults import Injected, Injector
+from chaos.faults import SNAPSHOT, Injected, Injector, roll_back
 from chaos.journal import Journal, answer
 from chaos.operations import ROOM, operations
 from chaos.recovery import recoveries, resumptions
@@ -23,6 +24,7 @@ from chaos.report import Report
 from chaos.run import Plan
 from chaos.schedule import DATABASE_KINDS, POISON_KINDS, Fault, kinds, schedule
 from chaos.table import faults, runs
+from servers import RedisServer
 from torchrelay_storage.database import Database
 from torchrelay_storage.faults import POINTS
 from workers import TESTS
@@ -174,3 +176,23 @@ def test_the_table(tmp_path: Path) -> None:
     assert "| sqlite | 1 | 5,001 | 2 | 0 | 0 | 1 | 1 | 3.0 s | 200 s |" in runs([again])
     assert "| kill worker | 2 | 0.5 s | 0.5 s | 2 | 2.5 s | 4.0 s |" in faults([again])
     assert Counter(answer(n) for n in range(1000)).most_common(1)[0][1] == 1
+
+
+def test_redis_is_rolled_back_to_one_moment() -> None:
+    server = RedisServer()
+    server.start()
+    try:
+        with redis.Redis(port=server.port) as client:
+            client.lpush("queue", "b", "a")
+            client.hset("unacked", "tag", b"\x00\xff")
+            client.zadd("unacked_index", {"tag": 1.5})
+            snapshot = client.eval(SNAPSHOT, 0)
+            client.flushall()
+            client.set("late", "1")
+            roll_back(client, snapshot)
+            assert client.lrange("queue", 0, -1) == [b"a", b"b"]
+            assert client.hgetall("unacked") == {b"tag": b"\x00\xff"}
+            assert client.zrange("unacked_index", 0, -1, withscores=True) == [(b"tag", 1.5)]
+            assert client.dbsize() == 3
+    finally:
+        server.stop()
