@@ -52,14 +52,19 @@ class Embeddings(Model):
         return len(prepared)
 
     def collate(self, prepared: list[Tensor]) -> dict[str, Tensor]:
-        """Pad to [n, longest], and say which tokens are real."""
+        """Pad to [n, longest], and say which tokens are real, where some are not: a mask costs a little."""
+        lengths = [len(p) for p in prepared]
+        if min(lengths) == max(lengths):
+            return {"input_ids": torch.stack(prepared)}
         ids = torch.nn.utils.rnn.pad_sequence(prepared, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        lengths = torch.tensor([len(p) for p in prepared])
-        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+        mask = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        return {"input_ids": ids, "attention_mask": mask.long()}
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean of the real tokens' last hidden states, of length one: [n, 384]."""
         hidden = self.encoder(**batch).last_hidden_state
+        if "attention_mask" not in batch:
+            return normalize(hidden.mean(1), dim=1)
         mask = batch["attention_mask"].unsqueeze(-1)
         return normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 

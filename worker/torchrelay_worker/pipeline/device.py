@@ -6,6 +6,7 @@ The forward of this batch runs beside the preparing of the next (other threads),
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -251,6 +252,7 @@ class Device:
         short = is_out_of_memory(error)
         if short:
             error = error.with_traceback(None)  # its frames hold the tensors that are in the way
+            gc.collect()  # as may cycles that the author's code has made
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if len(works) == 1:
