@@ -52,7 +52,7 @@ class BatchWriter:
         self._core = core
         self._options = options
         self._key = key
-        self.version = core.model(model)
+        self.version = core.fresh_model(model)  # how many jobs travel together may just have been measured
         self.skip = 0
         self._added = 0
         self._stored = 0

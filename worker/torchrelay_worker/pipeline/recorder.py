@@ -29,7 +29,7 @@ from torchrelay_worker.pipeline.watch import Watch
 
 log = structlog.get_logger("torchrelay.recorder")
 
-TOGETHER = 2_048  # jobs in one transaction: beyond that it gains nothing, and holds SQLite's one writer up
+TOGETHER = 4_096  # jobs in one transaction: more would gain nothing, and hold SQLite's one writer up
 WAITING = 8_192  # jobs that may wait to be recorded before the device waits for them
 
 
