@@ -183,6 +183,32 @@ def test_room_and_chunk_size_follow_the_rate(rate: float, batch: int) -> None:
     assert size <= max(measured, batch, 1)
 
 
+def paced(jobs_per_s: int) -> Pace:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.began(1)
+    clock.now += 100.0
+    pace.ended(1, jobs=100 * jobs_per_s, chunks=1, left=1)
+    return pace
+
+
+def test_more_is_held_of_what_is_sorted_by_length_but_no_more_than_two_seconds_of_work() -> None:
+    fast, slow = paced(1000), paced(80)
+    assert not fast.has_room(1, chunks=9, jobs=1000, batch=256)
+    assert fast.has_room(1, chunks=9, jobs=1999, batch=256, choice=8 * 256)
+    assert not fast.has_room(1, chunks=9, jobs=2000, batch=256, choice=8 * 256)
+    assert slow.has_room(1, chunks=9, jobs=159, batch=32, choice=8 * 32)
+    assert not slow.has_room(1, chunks=9, jobs=160, batch=32, choice=8 * 32)
+
+
+def test_a_chunk_is_a_tenth_of_a_second_to_a_second_of_work() -> None:
+    assert paced(20_000).chunk_size(1, 32) == 2_000
+    assert paced(1_000_000).chunk_size(1, 32) == LARGEST_CHUNK
+    assert paced(500).chunk_size(1, 32) == 128
+    assert paced(80).chunk_size(1, 32) == 80
+    assert paced(1).chunk_size(1, 32) == 32
+
+
 def test_what_is_held_elsewhere_in_this_worker_is_no_stray() -> None:
     it = Held3()
     it.warden = Warden(it.store, it.ledger, it.batcher, worker=7, elsewhere=lambda: {9})

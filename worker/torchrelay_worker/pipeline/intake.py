@@ -21,6 +21,7 @@ from torchrelay_storage import faults
 from torchrelay_storage.chunk_store import Claimed
 from torchrelay_storage.errors import Unreachable
 from torchrelay_worker.models.residency import Resident
+from torchrelay_worker.pipeline.batcher import WINDOW
 from torchrelay_worker.pipeline.ledger import Hold, Ledger
 from torchrelay_worker.pipeline.loader import Loader
 from torchrelay_worker.pipeline.pace import Pace
@@ -119,7 +120,8 @@ class Intake:
         self._clock = clock
         self._changed = threading.Condition()
         self._offers: list[_Offer] = []
-        self._sizes: dict[int, int] = {}  # model -> inputs of a full device batch, once one of its versions is loaded
+        # model -> inputs of a full device batch, and of how many it is chosen; once one of its versions is loaded
+        self._sizes: dict[int, tuple[int | None, int]] = {}
         self._suspects: deque[Hold] = deque()  # each runs alone
         self._is_alone = False
         self._woken: dict[str, float] = {}
@@ -182,11 +184,12 @@ class Intake:
         chunks, jobs = self._ledger.ahead(model)
         if self._loads_wait() and chunks:
             return False
-        return self._pace.has_room(model, chunks, jobs, self._sizes.get(model))
+        return self._pace.has_room(model, chunks, jobs, *self._sizes.get(model, (None, 0)))
 
     def has_loaded(self, resident: Resident) -> None:
         """Know how much of a model is a full device batch."""
-        self._sizes[resident.version.model] = resident.limits.size
+        size = resident.limits.size
+        self._sizes[resident.version.model] = size, WINDOW * size if resident.model.has_length else 0
 
     @property
     def is_offered(self) -> bool:

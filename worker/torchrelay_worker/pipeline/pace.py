@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 AHEAD_SECONDS = 1.0  # of work that a worker claims: enough never to run dry, little enough that work spreads
 CHUNKS_AHEAD = 2  # one runs, one is prepared
+SORTED_SECONDS = 2.0  # of work that is claimed of a model whose inputs are sorted by length: evener with more of them
 SAMPLE_SECONDS = 0.25  # of work over which a rate is measured
 SMOOTHING = 0.5  # weight of the newest sample
 LEAST_SECONDS, MOST_SECONDS = 0.1, 1.0  # of work that one chunk should be
@@ -79,17 +80,19 @@ class Pace:
             sample = self._samples.get(key)
             return sample.chunks_per_s if sample else 0.0
 
-    def has_room(self, key: int, chunks: int, jobs: int, batch: int | None) -> bool:
+    def has_room(self, key: int, chunks: int, jobs: int, batch: int | None, choice: int = 0) -> bool:
         """Whether a worker that holds so much of a model should claim more.
 
         Args:
             batch: inputs of a full device batch, two of which are always worth holding; None: not loaded yet.
+            choice: of how many inputs a device batch is chosen, where they are sorted by length.
         """
         if chunks < CHUNKS_AHEAD:
             return True
         if batch is None:
             return False
-        return jobs < max(2.0 * batch, AHEAD_SECONDS * (self.jobs_per_s(key) or 0.0))
+        rate = self.jobs_per_s(key) or 0.0
+        return jobs < max(2.0 * batch, AHEAD_SECONDS * rate, min(choice, SORTED_SECONDS * rate))
 
     def chunk_size(self, key: int, batch: int) -> int:
         """Return how many jobs should travel together: a few device batches, and from a tenth to a second of work.
