@@ -5,6 +5,7 @@ Steps that block and return, so that Batch and AsyncBatch differ only in how the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ from torchrelay_storage.submission import Submission
 if TYPE_CHECKING:
     from torchrelay.core import Core
 
-SLICE_JOBS = 4_096  # inputs in one transaction, rounded to whole chunks
+SLICE_JOBS, MOST_JOBS = 4_096, 16_384  # inputs in one transaction at first, and of a fast stream; in whole chunks
+FAST_SECONDS = 0.25  # in which a fast stream fills a slice
 SLICE_BYTES = 16 << 20
 GROUP_JOBS = 512  # inputs taken from the iterable and encoded at once
 GROUP_BYTES = 1 << 20
@@ -62,8 +64,12 @@ class BatchWriter:
         self._pending: list[bytes] = []  # as they are stored: in the row, or a reference
         self._pending_bytes = 0
         self._group = 16
+        self._slice = self._whole(SLICE_JOBS)
+        self._filled_at = time.monotonic()  # when a slice was last full
+
+    def _whole(self, jobs: int) -> int:
         size = max(1, self.version.chunk_size)
-        self._slice = max(size, SLICE_JOBS // size * size)
+        return max(size, jobs // size * size)
 
     @property
     def batch(self) -> BatchRow:
@@ -163,7 +169,10 @@ class BatchWriter:
         self._pending += encoded
         self._pending_bytes += sum(map(len, encoded))
         while len(self._pending) >= self._slice:
+            since, self._filled_at = self._filled_at, time.monotonic()
             self._store(self._slice)
+            if self._filled_at - since < FAST_SECONDS:  # a slow one's jobs should not wait for more company
+                self._slice = self._whole(min(2 * self._slice, MOST_JOBS))
         if self._pending_bytes >= SLICE_BYTES:
             self.flush()
 

@@ -84,6 +84,11 @@ def _read_in_passing(database: Database, table: str = "jobs") -> int:
         return int(connection.execute(query, {"table": table}).scalar_one())
 
 
+def _count(database: Database, where: str) -> int:
+    with database.read() as connection:
+        return int(connection.execute(text(f"SELECT count(*) FROM chunks WHERE {where}")).scalar_one())
+
+
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 @pytest.mark.parametrize("move", MOVES)
 def test_no_move_reads_all_jobs(database: Database, move: str) -> None:
@@ -121,6 +126,9 @@ def test_no_look_reads_all_chunks(database: Database, state: str) -> None:
     for _ in range(10):  # the last of them by a plan for whatever is asked
         found = upkeep.look(60.0)
         assert (found.announce, found.rescue, found.held) == (False, False, False)
+    for _ in range(10):  # nor does who asks whether a lone job may be announced at once
+        scene.jobs.submit([Submission(scene.version, Options(), [NewJob(b"1")], window=20)])
+    assert _count(database, "state = 1") == 10
     database.dispose()
     assert _read_in_passing(database, "chunks") - before < 5 * WAITING, "it was updated twice just before"
 
