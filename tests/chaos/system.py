@@ -258,7 +258,10 @@ class System:
     # --- what is left ---------------------------------------------------------------------------------------
 
     def messages(self) -> dict[str, int]:
-        """Return the keys of Redis that hold messages, with how many; those of Celery that are not acknowledged too."""
+        """Return the keys of Redis that hold messages, with how many; those of Celery that are not acknowledged too.
+
+        But for those that are `ahead`.
+        """
         with self.redis.client() as client:
             found = {}
             for key in client.scan_iter():
@@ -266,8 +269,18 @@ class System:
                 if kind == "list":
                     found[str(key)] = int(client.llen(key))
                 elif key == "unacked":
-                    found[str(key)] = int(client.hlen(key))
+                    found[str(key)] = int(client.hlen(key)) - self.ahead()
             return {key: n for key, n in found.items() if n}
+
+    def ahead(self) -> int:
+        """Return how many messages a process had popped that was killed while its clock was ahead.
+
+        Celery's visibility timeout is counted from that clock's time, so they come back an hour later. Their jobs were
+        announced anew long before.
+        """
+        with self.redis.client() as client:
+            tags = client.zrangebyscore("unacked_index", time.time() + 1.0, "+inf")
+            return sum(bool(client.hexists("unacked", tag)) for tag in tags)
 
     def unfinished(self) -> int:
         """Return how many chunks are not done."""

@@ -23,6 +23,7 @@ from chaos.recovery import recoveries, resumptions
 from chaos.report import Report
 from chaos.run import Plan
 from chaos.schedule import DATABASE_KINDS, POISON_KINDS, Fault, kinds, schedule
+from chaos.system import System
 from chaos.table import faults, runs
 from servers import RedisServer
 from torchrelay_storage.database import Database
@@ -194,5 +195,21 @@ def test_redis_is_rolled_back_to_one_moment() -> None:
             assert client.hgetall("unacked") == {b"tag": b"\x00\xff"}
             assert client.zrange("unacked_index", 0, -1, withscores=True) == [(b"tag", 1.5)]
             assert client.dbsize() == 3
+    finally:
+        server.stop()
+
+
+def test_only_messages_that_a_wrong_clock_holds_back_are_left_out() -> None:
+    server = RedisServer()
+    server.start()
+    try:
+        system = System.__new__(System)
+        system.redis = server
+        with redis.Redis(port=server.port) as client:
+            client.hset("unacked", mapping={"late": "1", "lost": "1", "popped": "1"})
+            client.zadd("unacked_index", {"late": time.time() + 3600, "popped": time.time(), "acked": time.time() + 9})
+            client.lpush("torchrelay.m", "1")
+            assert system.ahead() == 1
+            assert system.messages() == {"torchrelay.m": 1, "unacked": 2}
     finally:
         server.stop()
