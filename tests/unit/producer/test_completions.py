@@ -222,17 +222,22 @@ def test_a_job_that_may_have_ended_unheard_is_looked_up_at_once(
 
 
 def test_what_ends_before_the_subscription_stands_is_not_missed(world: World, make: Callable[[], Completions]) -> None:
-    completions = make()
+    completions, unheard = make(), threading.Event()
     world.rows[1] = row(1, 10)
-    read = world.read
+    read, subscribe = world.read, world.subscribe
 
     def slow_read(jobs: Sequence[int]) -> Mapping[int, JobRow]:
         found = read(jobs)
-        if len(world.asked) == 1:
+        if not unheard.is_set():
             world.end(1, tell=False)  # ended after it was looked at, and nobody heard
+            unheard.set()
         return found
 
-    completions._read = slow_read
+    def late() -> Channel:
+        assert unheard.wait(10)
+        return subscribe()
+
+    completions._read, completions._subscribe = slow_read, late
     assert Waiter(completions, 1, 10).result().state is JobState.SUCCEEDED  # type: ignore[union-attr]
 
 

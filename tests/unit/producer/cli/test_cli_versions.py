@@ -136,8 +136,9 @@ def test_recipes(cli: Cli, bare: Cli, trainer: Any, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("two")
 def test_versions_and_recipes_are_completed(
-    sqlite_settings: Settings, trainer: Any, monkeypatch: pytest.MonkeyPatch
+    sqlite_settings: Settings, trainer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the embedded default of the repository's folder may hold models: `make demo`
     Registry(trainer.database).lane("tapestry", {})
     monkeypatch.setenv("TORCHRELAY_DATABASE", sqlite_settings.database_url)
     assert complete_version("dig") == ["digits"]
