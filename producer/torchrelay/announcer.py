@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from torchrelay_storage.waiting import Announced
 log = get_logger("torchrelay.announcer")
 
 HELD_SECONDS = 1.0  # of work that a worker holds itself (`pace.AHEAD_SECONDS`), and that is not in Redis
+WAY_SECONDS = 0.25  # that a chunk may take from SQL through Redis to a worker, and that a rate may be off by
 PER_WORKER = 2  # chunks: one to run and one to prepare
 LEAST = 4  # chunks, where no worker is known yet
 MOST = 512  # chunks: half a megabyte of Redis, more than any model's workers take in a moment
@@ -51,7 +53,7 @@ def window(model: str, workers: Sequence[WorkerRow], seconds: float) -> int:
     """
     serving = [w for w in workers if w.alive and (w.models is None or model in w.models)]
     rates = (_rate(w.stats, model) for w in serving)
-    seconds = max(seconds - HELD_SECONDS, seconds / 2)
+    seconds = max(seconds - HELD_SECONDS - WAY_SECONDS, seconds / 4)
     wanted = max(math.ceil(seconds * sum(rates)), PER_WORKER * len(serving), LEAST)
     return min(wanted, max(MOST, PER_WORKER * len(serving)))
 
@@ -71,6 +73,29 @@ def room(depths: Mapping[int, int], size: int) -> dict[int, int]:
     return left
 
 
+class Demand:
+    """How much more than its window a model's queue should hold, since it was found empty after it had been filled.
+
+    Heartbeats tell of a rate after seconds, and chunks of few jobs are gone in milliseconds: the queue doubles as long
+    as it runs dry, and halves while it does not (as TCP's slow start, RFC 5681, does with what is on its way).
+    """
+
+    __slots__ = ("_grown", "is_full")
+
+    def __init__(self) -> None:
+        self._grown = 0
+        self.is_full = False  # after what was sent last
+
+    def found(self, waiting: int, size: int) -> int:
+        """Return how many chunks should be in Redis, where `waiting` were found there and `size` is the window."""
+        wanted = max(self._grown, size)
+        if self.is_full and not waiting:
+            self._grown = min(2 * wanted, max(MOST, size))
+        elif 2 * waiting > wanted:
+            self._grown //= 2
+        return max(self._grown, size)
+
+
 class Announcer:
     """Moves chunks from SQL to Redis. Thread-safe; holds no state but what it may forget."""
 
@@ -83,6 +108,7 @@ class Announcer:
         self._models: dict[str, int] = {}
         self._workers: tuple[float, Sequence[WorkerRow]] = (-math.inf, ())
         self._looked: dict[str, float] = {}
+        self._demand: dict[str, Demand] = defaultdict(Demand)
 
     def announce(self, model: str) -> int:
         """Announce what there is room for, the most urgent first, and return how many chunks went out.
@@ -95,11 +121,13 @@ class Announcer:
             Unreachable: Redis or the database does not answer.
             ModelNotFound: there is no such model.
         """
-        depths = self._broker.depths(messages.queue_name(model))
-        left = room(depths, self._window(model))
-        if not any(left.values()):
-            return 0
-        return self.send(model, self._chunks.announce(self._id(model), left))
+        depths, demand = self._broker.depths(messages.queue_name(model)), self._demand[model]
+        waiting = sum(depths.values())
+        size = demand.found(waiting, self._window(model))
+        left = room(depths, size)
+        sent = self.send(model, self._chunks.announce(self._id(model), left)) if any(left.values()) else 0
+        demand.is_full = waiting + sent >= size
+        return sent
 
     def announce_again(self, model: str) -> int:
         """Send anew what was announced and got lost: at once when the queue is empty, else by age.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from servers import wait_until
 from torchrelay import Relay
@@ -51,3 +53,17 @@ def test_urgent_jobs_run_next_and_late_ones_soon(relay: Relay, start: Callable[.
     assert other.wait(timeout=90).succeeded == 400
     assert low.counts().open > 1_000, "two batches proceed side by side"
     low.cancel()
+
+
+@ON_SQLITE
+def test_a_model_that_had_no_room_is_asked_for_as_soon_as_it_has(relay: Relay, start: Callable[..., Any]) -> None:
+    relay.register_model("double", handler="double")  # with room all the time, and nothing to do
+    relay.register_model("slow", handler="slow", config={"seconds": 0.005}, chunk_size=8)
+    start()
+    relay.submit("slow", 0).result(timeout=60)
+    batch = relay.submit_batch("slow", range(8 * 200))  # two device batches are held at first, for a few ms
+    assert batch.wait(timeout=60).succeeded == 8 * 200
+    ends = text("SELECT finished_at FROM jobs WHERE batch IS NOT NULL ORDER BY finished_at")
+    seen = relay._core.db.query(lambda connection: connection.execute(ends).scalars().all())
+    gaps = [after - before for before, after in pairwise(seen)]
+    assert max(gaps) < 0.6, "Redis was asked for the other model alone, for a second"

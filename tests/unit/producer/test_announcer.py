@@ -47,9 +47,9 @@ def fast(rate: float) -> WorkerRow:
         ([replace(WORKER, alive=False)] * 10, 4),
         ([replace(WORKER, models=("other",))] * 10, 4),
         ([replace(WORKER, models=("digits",))] * 10, 20),
-        ([fast(30.0)], 30),
-        ([fast(30.0), fast(0.5)], 31),
-        ([fast(30.0), replace(fast(900.0), alive=False)], 30),
+        ([fast(40.0)], 30),
+        ([fast(40.0), fast(0.5)], 31),
+        ([fast(40.0), replace(fast(900.0), alive=False)], 30),
         ([fast(1e9)], 512),
         ([WORKER] * 400, 800),
         ([replace(WORKER, stats={"rates": {"digits": "many"}})], 4),
@@ -57,7 +57,7 @@ def fast(rate: float) -> WorkerRow:
         ([fast(float("nan"))], 4),
     ],
 )
-def test_a_window_is_a_second_of_work_and_two_chunks_a_worker(workers: list[WorkerRow], chunks: int) -> None:
+def test_a_window_is_what_the_workers_do_not_hold_and_two_chunks_each(workers: list[WorkerRow], chunks: int) -> None:
     assert window("digits", workers, 2.0) == chunks
 
 
@@ -117,7 +117,27 @@ def test_the_fleet_widens_the_window(system: System) -> None:
     worker = fleet.register("w", host="h", pid=1, device="cpu").id
     fleet.beat(worker, {"rates": {"digits": 10.0}})
     system.submit(20)
-    assert system.announcer.announce("digits") == 10
+    assert system.announcer.announce("digits") == 8
+
+
+def test_a_queue_that_runs_dry_doubles_and_shrinks_again(system: System) -> None:
+    def announced(taken: int) -> int:
+        for _ in range(taken):
+            assert system.broker.redis.rpop(f"{QUEUE}{SEPARATOR}4")
+        return system.announcer.announce("digits")
+
+    system.submit(200)
+    assert [announced(taken) for taken in (0, 4, 8, 16)] == [4, 8, 16, 32]
+    assert announced(31) == 31, "it was not dry, and needs no more"
+    assert [announced(taken) for taken in (0, 0, 0, 28)] == [0, 0, 0, 0], "who is slow leaves it full: it halves"
+    assert announced(4) == 8
+
+
+def test_what_runs_dry_because_nothing_is_left_does_not_grow(system: System) -> None:
+    for n in (3, 3, 30):
+        system.submit(n)
+        assert system.announcer.announce("digits") == min(n, 4)
+        system.broker.redis.delete(f"{QUEUE}{SEPARATOR}4")
 
 
 def test_lost_messages_come_again_when_the_queue_is_empty(system: System, monkeypatch: pytest.MonkeyPatch) -> None:

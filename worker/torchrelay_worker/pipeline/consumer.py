@@ -25,6 +25,9 @@ log = structlog.get_logger("torchrelay.consumer")
 
 # Threads that wait for their chunk's claim: so many messages may be claimed by one statement.
 CLAIMED_TOGETHER = 8
+# For which Redis is asked for a message while some model has no room: what waits for that one is not among what is
+# asked for, should there be room again meanwhile.
+SHORT_SECONDS = 0.05
 
 
 class Takes(Protocol):
@@ -157,12 +160,23 @@ class Consumer:
                 if parent.event_dispatcher is not None and not parent.event_dispatcher.groups:
                     parent.event_dispatcher.groups = {"worker"}
                 outer._celery_consumer = parent
+                outer._ask_briefly(parent.task_consumer.channel)
                 outer._add_missing(parent)
 
             def stop(self, parent: Any) -> None:
                 outer._celery_consumer = None
 
         self._app.steps["consumer"].add(Follow)
+
+    def _ask_briefly(self, channel: Any) -> None:
+        """Have Redis answer soon where it is not asked for every model."""
+        start = channel._brpop_start
+
+        def brpop_start(timeout: float | None = None) -> None:
+            is_full = any(not self._intake.has_room(model) for model in self._served())
+            start(SHORT_SECONDS if is_full else timeout)
+
+        channel._brpop_start = brpop_start
 
     def _add_missing(self, consumer: Any) -> None:
         if consumer.task_consumer is None:
