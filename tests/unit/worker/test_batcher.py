@@ -80,14 +80,14 @@ def test_a_buffer_loses_and_doubles_nothing_and_nobody_starves(
         for item in batch:
             del waiting[item.n]
             served.append(item)
-        # Whoever is overtaken by inputs of its own priority stood in one take with them.
+        # Whoever is overtaken by inputs of its own priority was chosen from together with them.
         for left in waiting.values():
             newer = [s for s in batch if s.priority == left.priority and s.n > left.n]
             if not has_length:
                 assert not newer
             if newer:
-                older = sum(1 for o in [*waiting.values(), *batch] if o.n < max(i.n for i in newer))
-                assert older <= 9 * WINDOW * limits.size + len(batch)
+                equals = [o for o in [*waiting.values(), *batch] if o.priority == left.priority]
+                assert sum(1 for o in equals if o.n <= max(i.n for i in newer)) <= WINDOW * limits.size
 
     for step in steps:
         if step == "next":
@@ -125,7 +125,16 @@ def test_a_more_urgent_input_goes_before_what_is_already_cut() -> None:
     buffer.next()
     buffer.put([Input(99, 9, 35)])
     assert 99 in [i.n for i in buffer.next()]
-    assert 1 in [i.n for i in buffer.next()]  # then the oldest again
+    assert [i.n for i in buffer.next()] == [5, 6]  # then the fullest again
+
+
+def test_the_fullest_batch_is_next_and_the_older_of_equals() -> None:
+    buffer: Buffer[Input] = Buffer(Limits(4, cost=100))
+    buffer.put([Input(n, length=length) for n, length in enumerate([5, 20, 95, 20, 20, 20, 90])])
+    assert [[i.n for i in buffer.next()] for _ in range(2)] == [[1, 3, 4, 5], [2]]
+    buffer.put([Input(n, length=5) for n in range(7, 10)])
+    assert [[i.n for i in buffer.next()] for _ in range(2)] == [[0, 7, 8, 9], [6]]
+    assert not len(buffer)
 
 
 def test_an_input_above_the_cost_runs_alone() -> None:

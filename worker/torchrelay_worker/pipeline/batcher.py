@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 WINDOW = 8  # device batches' worth of inputs that are sorted by length at a time: evener with more, fairer with fewer
 LOAD_PATIENCE = 2.0  # seconds for which models that are on the device go before those that would push them off
@@ -92,14 +92,27 @@ def cut(items: Sequence[Item], limits: Limits) -> list[list[int]]:
     return runs
 
 
+class _Candidate(NamedTuple, Generic[T]):
+    """An input among those of which the next device batch is chosen, and how many were served before it was."""
+
+    item: T
+    since: int
+
+
 class Buffer(Generic[T]):
-    """The prepared inputs of one model version, in the order of priority, then arrival. Not thread-safe."""
+    """The prepared inputs of one model version, in the order of priority, then arrival. Not thread-safe.
+
+    Of inputs with a length the first `size * WINDOW` are cut anew whenever some were added, and the fullest of these
+    batches is next: what fits badly now waits for better mates, until as many others were served before it.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._waiting: dict[int, deque[T]] = {}
-        self._taken: list[T] = []
-        self._cut: deque[list[int]] = deque()  # what is left of one take, as indices; served before a newer one
+        self._pool: list[_Candidate[T]] = []  # by priority, then arrival, as the waiting
+        self._runs: list[list[_Candidate[T]]] = []  # the pool, cut
+        self._cut_by: Limits | None = None  # None: it is to be cut anew
+        self._served = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -114,64 +127,81 @@ class Buffer(Generic[T]):
     def priority(self) -> int:
         """Return the highest priority that waits; -1 if nothing does."""
         urgent = max((p for p, queue in self._waiting.items() if queue), default=-1)
-        return max(urgent, self._cut_priority()) if self._cut else urgent
-
-    def _cut_priority(self) -> int:
-        return max(self._taken[i].priority for i in self._cut[0])
+        return max(urgent, self._pool[0].item.priority) if self._pool else urgent
 
     def oldest(self) -> float:
         """Return when the oldest input arrived; infinity if there is none."""
         heads = [queue[0].arrived for queue in self._waiting.values() if queue]
-        heads.extend(self._taken[run[0]].arrived for run in self._cut)
+        heads.extend(item.arrived for item, _ in self._pool)
         return min(heads, default=float("inf"))
 
     def is_full(self) -> bool:
         """Whether a whole device batch waits."""
-        return bool(self._cut) or self._count >= self.limits.size or self._reaches_cost()
+        return self._count >= self.limits.size or self._reaches_cost()
 
     def _reaches_cost(self) -> bool:
         if self.limits.cost is None:
             return False
-        total = 0
+        total = sum(item.length or 0 for item, _ in self._pool)
         for queue in self._waiting.values():
             for item in queue:  # fewer than `size`, or the buffer is full anyway
                 total += item.length or 0
-                if total >= self.limits.cost:
-                    return True
-        return False
+        return total >= self.limits.cost
 
     def next(self) -> list[T]:
         """Remove and return the next device batch. The buffer must not be empty."""
-        urgent = max((p for p, queue in self._waiting.items() if queue), default=-1)
-        if self._cut and urgent > self._cut_priority():
-            self._uncut()
-        if not self._cut:
-            self._taken = self._take()
-            self._cut.extend(cut(self._taken, self.limits))
-        batch = [self._taken[i] for i in self._cut.popleft()]
-        if not self._cut:
-            self._taken = []
+        if not self._pool and next(queue[0] for queue in self._waiting.values() if queue).length is None:
+            batch = self._first()
+        else:
+            batch = self._fullest()
         self._count -= len(batch)
+        self._served += len(batch)
         return batch
 
-    def _take(self) -> list[T]:
-        taken: list[T] = []
-        most = self.limits.size
+    def _first(self) -> list[T]:
+        batch: list[T] = []
         for p in sorted(self._waiting, reverse=True):
             queue = self._waiting[p]
-            if queue and queue[0].length is not None:
-                most = self.limits.size * WINDOW
-            while queue and len(taken) < most:
-                taken.append(queue.popleft())
-        return taken
+            while queue and len(batch) < self.limits.size:
+                batch.append(queue.popleft())
+        return batch
 
-    def _uncut(self) -> None:
-        # Something more urgent came: cut anew with it in place, and lose nobody's turn.
-        for i in sorted((i for run in self._cut for i in run), reverse=True):
-            item = self._taken[i]
-            self._waiting.setdefault(item.priority, deque()).appendleft(item)
-        self._cut.clear()
-        self._taken = []
+    def _fullest(self) -> list[T]:
+        self._gather()
+        if self._cut_by is not self.limits:
+            items = [item for item, _ in self._pool]
+            self._runs = [[self._pool[i] for i in run] for run in cut(items, self.limits)]
+            self._cut_by = self.limits
+        first = self._pool[0]
+        if self._served - first.since >= self._most:
+            run = self._runs[0]
+        else:  # the oldest of equals
+            run = max((r for r in self._runs if r[0].item.priority == first.item.priority), key=self._fullness)
+        self._runs.remove(run)
+        gone = set(map(id, run))
+        self._pool = [candidate for candidate in self._pool if id(candidate) not in gone]
+        return [item for item, _ in run]
+
+    @property
+    def _most(self) -> int:
+        return self.limits.size * WINDOW
+
+    def _gather(self) -> None:
+        """Let into the pool what is among the first, the more urgent also where it is full."""
+        before = len(self._pool)
+        for p in sorted((p for p, queue in self._waiting.items() if queue), reverse=True):
+            queue = self._waiting[p]
+            room = self._most - sum(1 for item, _ in self._pool if item.priority >= p)
+            self._pool.extend(_Candidate(queue.popleft(), self._served) for _ in range(min(room, len(queue))))
+        if len(self._pool) > before:
+            self._pool.sort(key=lambda candidate: -candidate.item.priority)
+            self._cut_by = None
+
+    def _fullness(self, run: Sequence[_Candidate[T]]) -> float:
+        by_size = len(run) / self.limits.size
+        if self.limits.cost is None:
+            return by_size
+        return max(by_size, sum(item.length or 0 for item, _ in run) / self.limits.cost)
 
     def discard(self, unwanted: Callable[[T], bool]) -> list[T]:
         """Remove and return the inputs that are no longer wanted."""
@@ -179,11 +209,11 @@ class Buffer(Generic[T]):
         for p, queue in self._waiting.items():
             gone.extend(item for item in queue if unwanted(item))
             self._waiting[p] = deque(item for item in queue if not unwanted(item))
-        left = [i for run in self._cut for i in run if unwanted(self._taken[i])]
+        left = [candidate for candidate in self._pool if unwanted(candidate.item)]
         if left:
-            gone.extend(self._taken[i] for i in left)
-            kept = ([i for i in run if i not in left] for run in self._cut)
-            self._cut = deque(run for run in kept if run)
+            gone.extend(item for item, _ in left)
+            self._pool = [candidate for candidate in self._pool if candidate not in left]
+            self._cut_by = None
         self._count -= len(gone)
         return gone
 
