@@ -9,7 +9,7 @@ from arrays, the chunk's end, committed. No Redis, no fairness, no tokens checke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import orjson
 import psycopg
 
 CHUNK = 1_000  # jobs
+FIRST, BATCH = 120_177_233_005_545_069, 120_177_233_005_540_000  # ids as large as those that we draw
 
 Run = Callable[[list[Any]], list[Any]]  # the model's hooks: decoded inputs of a chunk -> what is encoded as outputs
 
@@ -54,15 +55,20 @@ def _submit(connection: psycopg.Connection[Any], inputs: Iterable[object], size:
         with cursor.copy(_COPY_JOBS) as copy:
             copy.set_types(["int8", "int8", "int8", "bytea"])
             for job, value in enumerate(inputs):
-                copy.write_row((job, job - job % size, 0, dumps(value)))
+                copy.write_row((FIRST + job, FIRST + job - job % size, BATCH, dumps(value)))
                 jobs = job + 1
-        now = time.time()
         with cursor.copy(_COPY_CHUNKS) as copy:
-            for turn, first in enumerate(range(0, jobs, size)):
-                last = min(first + size, jobs) - 1
-                copy.write_row((first, 1, 1, 0, 0, 5, turn, first, last, last + 1 - first, 3, now))
+            for row in chunks(jobs, size, time.time()):
+                copy.write_row(row)
     connection.commit()
     return jobs
+
+
+def chunks(jobs: int, size: int, now: float) -> Iterator[tuple[object, ...]]:
+    """Yield the rows of the chunks of so many jobs."""
+    for turn, start in enumerate(range(0, jobs, size)):
+        n = min(size, jobs - start)
+        yield FIRST + start, 1, 1, BATCH, BATCH, 5, turn, FIRST + start, FIRST + start + n - 1, n, 3, now
 
 
 def _drain(connection: psycopg.Connection[Any], run: Run) -> int:

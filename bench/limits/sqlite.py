@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing
 
 import orjson
-from limits.postgresql import CHUNK, Limit, Run
+from limits.postgresql import BATCH, CHUNK, FIRST, Limit, Run, chunks
 
 
 def measure(path: str, inputs: Iterable[object], run: Run, *, chunk: int = CHUNK) -> Limit:
@@ -30,18 +30,12 @@ def measure(path: str, inputs: Iterable[object], run: Run, *, chunk: int = CHUNK
 
 def _submit(connection: sqlite3.Connection, inputs: Iterable[object], size: int) -> int:
     dumps = orjson.dumps
-    rows = ((job, job - job % size, 0, dumps(value)) for job, value in enumerate(inputs))
+    rows = ((FIRST + job, FIRST + job - job % size, BATCH, dumps(value)) for job, value in enumerate(inputs))
     connection.execute("BEGIN IMMEDIATE")
     jobs = connection.executemany("INSERT INTO jobs (id, chunk, batch, input) VALUES (?, ?, ?, ?)", rows).rowcount
-    connection.executemany(_CHUNK, _chunks(jobs, size, time.time()))
+    connection.executemany(_CHUNK, chunks(jobs, size, time.time()))
     connection.execute("COMMIT")
     return jobs
-
-
-def _chunks(jobs: int, size: int, now: float) -> Iterator[tuple[object, ...]]:
-    for turn, first in enumerate(range(0, jobs, size)):
-        last = min(first + size, jobs) - 1
-        yield first, 1, 1, 0, 0, 5, turn, first, last, last + 1 - first, 3, now
 
 
 def _drain(connection: sqlite3.Connection, run: Run) -> int:
