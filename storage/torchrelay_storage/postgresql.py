@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, count
+from itertools import count
 from typing import Any, cast
 
 import psycopg
@@ -18,7 +18,6 @@ from torchrelay_storage.dialect import FailedRow, Fault, JobTuple, homes
 from torchrelay_storage.outcomes import Successes
 
 ROWS = 256  # that are joined with arrays in one statement
-SPAN_FROM = 16  # successes of a chunk from which they have a statement of their own
 COPY_FROM = 32  # rows from which COPY beats an INSERT with arrays
 
 # A client that was stopped in the middle of a transaction keeps its locks for so long. None of ours thinks longer.
@@ -111,9 +110,10 @@ class Postgresql:
     def succeed_jobs(self, connection: Connection, done: Sequence[Successes], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
         written = 0
-        for group in filter(_is_span, done):
-            written += connection.exec_driver_sql(_SUCCEED_SPAN, (worker, now, *_span(group))).rowcount
-        few = (g for g in done if not _is_span(g))
+        for group in done:
+            if group.is_span:
+                written += connection.exec_driver_sql(_SUCCEED_SPAN, (worker, now, *_span(group))).rowcount
+        few = (g for g in done if not g.is_span)
         rows = [(job, g.chunk, output) for g in few for job, output in zip(g.jobs, g.outputs, strict=True)]
         return written + _write(connection, _SUCCEED, rows, worker, now)
 
@@ -142,27 +142,11 @@ def _write(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...
     return written
 
 
-def _is_span(group: Successes) -> bool:
-    return len(group.jobs) >= SPAN_FROM and None not in group.outputs  # of which a slice would make an empty value
-
-
 def _span(group: Successes) -> tuple[object, ...]:
     """Return the parameters of `_SUCCEED_SPAN` after the first two."""
-    first, last = min(group.jobs), max(group.jobs)
-    if first - 1 + len(group.jobs) == last and list(group.jobs) == list(range(first, last + 1)):
-        outputs: Sequence[bytes | None] = group.outputs
-        lengths = [len(output or b"") for output in outputs]
-    else:
-        outputs = [None] * (last - first + 1)
-        lengths = [-1] * len(outputs)  # not among them
-        for job, output in zip(group.jobs, group.outputs, strict=True):
-            outputs[job - first] = output
-            lengths[job - first] = len(output or b"")
-    whole = b"".join(filter(None, outputs))
-    starts = list(accumulate((max(0, n) for n in lengths), initial=1))
-    for column in (starts, lengths):
-        column.append(_INT4)
-    return whole, starts, first, lengths, first, first, last, group.chunk, lengths, first
+    first, last, whole, lengths = span = group.span()
+    starts, sizes = [*(start + 1 for start in span.starts), _INT4], [*lengths, _INT4]
+    return whole, starts, first, sizes, first, first, last, group.chunk, sizes, first
 
 
 def _fault(error: BaseException) -> Fault | None:

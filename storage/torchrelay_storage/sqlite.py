@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from itertools import chain, count, repeat
+from itertools import count, repeat
 from typing import Any
 
+import orjson
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
 from torchrelay_storage.dialect import FailedRow, Fault, JobTuple, homes
-from torchrelay_storage.outcomes import Successes
+from torchrelay_storage.outcomes import Span, Successes
 from torchrelay_storage.states import End
 
 BUSY_TIMEOUT = 10.0  # seconds a writer waits for another; one writes at a time, and none takes long
+
+LENGTH_BITS = 24  # of a number that says where an output begins, and then how long it is
+LONGEST = (1 << LENGTH_BITS) - 1  # bytes of an output
+MOST_WHOLE = 1 << 28  # bytes of all outputs in one statement; SQLite would take a gigabyte
 
 _FAULTS = {
     sqlite3.SQLITE_BUSY: Fault.BUSY,
@@ -84,12 +89,17 @@ class Sqlite:
 
     def succeed_jobs(self, connection: Connection, done: Sequence[Successes], worker: int, now: float) -> int:
         """Write the ends of open jobs; return how many rows were still open and of the chunk named."""
-        statement = (
-            f"UPDATE jobs SET state = {End.SUCCEEDED:d}, output = ?, error = NULL, worker = {worker:d}, "
-            f"finished_at = {now!r} WHERE id = ? AND chunk = ? AND state = 0"
-        )
-        rows = chain.from_iterable(zip(g.outputs, g.jobs, repeat(g.chunk), strict=False) for g in done)
-        return connection.exec_driver_sql(statement, list(rows)).rowcount
+        written = 0
+        few: list[Successes] = []
+        for group in done:
+            packed = _packed(group.span()) if group.is_span else None
+            if packed is None:
+                few.append(group)
+            else:
+                scope = (packed[0], worker, now, *packed[1:], group.chunk)
+                written += connection.exec_driver_sql(_SUCCEED_SPAN, scope).rowcount
+        rows = [row for g in few for row in zip(g.outputs, repeat(worker), repeat(now), g.jobs, repeat(g.chunk))]
+        return written + (connection.exec_driver_sql(_SUCCEED, rows).rowcount if rows else 0)
 
     def fail_jobs(self, connection: Connection, rows: Sequence[FailedRow], worker: int, now: float) -> int:
         """Write the last failures of open jobs; return how many rows were still open and of the chunk named."""
@@ -100,5 +110,25 @@ class Sqlite:
         return connection.exec_driver_sql(statement, [(error, job, chunk) for job, chunk, error in rows]).rowcount
 
 
+def _packed(span: Span) -> tuple[bytes, str, int] | None:
+    """Return all outputs, where each begins and how long it is, as JSON, and the first id; None: they are too large."""
+    if len(span.whole) > MOST_WHOLE or max(span.lengths) > LONGEST:
+        return None
+    packed = [start << LENGTH_BITS | n if n >= 0 else -1 for start, n in zip(span.starts, span.lengths, strict=False)]
+    return span.whole, orjson.dumps(packed).decode(), span.first
+
+
 def _many(rows: Sequence[tuple[Any, ...]]) -> Any:
     return rows if isinstance(rows, list) else list(rows)
+
+
+_SUCCEED = """
+    UPDATE jobs SET state = 1, output = ?, error = NULL, worker = ?, finished_at = ?
+    WHERE id = ? AND chunk = ? AND state = 0
+"""
+# Many of one chunk: executemany would give up the interpreter's lock, and want it back, for each of them.
+_SUCCEED_SPAN = f"""
+    UPDATE jobs SET state = 1, error = NULL,
+        output = substr(?, (u.value >> {LENGTH_BITS}) + 1, u.value & {LONGEST}), worker = ?, finished_at = ?
+    FROM json_each(?) AS u WHERE jobs.id = ? + u.key AND +jobs.chunk = ? AND jobs.state = 0 AND u.value >= 0
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from torchrelay_storage import sqlite
 from torchrelay_storage.batch_store import BatchStore
 from torchrelay_storage.chunk_store import ChunkStore
 from torchrelay_storage.database import Database
@@ -53,6 +54,22 @@ def test_outputs_go_to_their_jobs_in_whatever_order_they_come(
     assert all(rows[job].output == b"%d" % job for job in wanted)
     assert {rows[job].state for job in set(jobs) - set(wanted)} <= {JobState.RUNNING}
     assert store.finish([], worker, done).recorded == 0, "they have ended"
+
+
+@pytest.mark.parametrize("limit", ["LONGEST", "MOST_WHOLE", None])
+def test_outputs_of_any_bytes_and_length_are_kept(
+    database: Database, version: ModelVersion, limit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if limit is not None:
+        monkeypatch.setattr(sqlite, limit, 1_000)
+    jobs = submit(database, version, 60)
+    worker = Fleet(database).register("w", host="h", pid=1, device="cpu").id
+    [claimed] = ChunkStore(database).claim([jobs[0]], worker)
+    outputs = [bytes(range(256)) * i for i in range(59)] + [b'{"a": null}']
+    done = [Successes(claimed.chunk, claimed.token, jobs, outputs)]
+    assert JobStore(database).finish([], worker, done).recorded == 60
+    rows = JobStore(database).get(jobs)
+    assert [rows[job].output for job in jobs] == outputs
 
 
 def test_an_input_of_a_batch_goes_to_the_job_of_its_place(database: Database, version: ModelVersion) -> None:

@@ -105,6 +105,8 @@ class Stores(RuleBasedStateMachine):
         jobs = [NewJob(b"%d" % i) for i in range(n)]
         batch = self.batch.id if batched else None
         [placed] = self.job_store.submit([Submission(self.version, options, jobs, batch=batch)])
+        if expiring:
+            time.sleep(0.003)  # else it would be chance whether the next claim comes in time
         for one in placed:
             self.world.jobs[one.job] = Job()
 

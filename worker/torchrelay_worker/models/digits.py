@@ -19,7 +19,7 @@ _LEVELS = bytes(range(int(BRIGHTEST) + 1))
 class Digits(Model):
     """A torch.export program that takes pictures of shape [n, 1, 8, 8], float32 from 0 to 1, to logits [n, 10]."""
 
-    max_batch_size = 256
+    max_batch_size = 512
     max_wait_ms = 5
 
     def load(self, weights: Weights, device: torch.device) -> None:
