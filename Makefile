@@ -40,7 +40,7 @@ lint: $(VENV)/.installed-all ## style, formatting, types, and who may import who
 
 # The peers are installed into environments of their own, at the first run.
 BENCH ?= full
-bench: $(VENV)/.installed-bench ## measure us beside our peers and the limit (an hour; BENCH=quick three minutes): docs/performance.md
+bench: $(VENV)/.installed-bench ## measure us beside our peers and the limit (50 minutes; BENCH=quick three): docs/performance.md
 	HF_HUB_OFFLINE=1 $(BIN)/python bench $(if $(filter quick,$(BENCH)),--quick) $(ARGS)
 
 docs: $(VENV)/.installed-all ## check the documentation: its links lead somewhere, its code runs as written

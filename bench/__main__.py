@@ -1,6 +1,6 @@
 """Where torchrelay stands beside what a user would pick instead, and beside the limit: measured, in one table.
 
-python bench [--quick] [--only NAME ...] [--rounds 5] [--seconds 2]     about an hour, or three minutes when quick
+python bench [--quick] [--only NAME ...] [--rounds 5] [--seconds 2]     50 minutes, or three when quick
 python bench --report                                                     writes the table anew from what was measured
 
 All subjects take turns on the same servers, round by round, in the opposite order in every second round. Each sample is

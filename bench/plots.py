@@ -1,4 +1,6 @@
-"""Pictures of what was measured: rates and latencies of all subjects on a log scale, and what more workers and rows do.
+"""Pictures of what was measured: rates and latencies of all subjects, and what more workers and rows do.
+
+Where subjects differ by orders of magnitude the scale is a logarithm's, which says so; else it begins at zero.
 
 Colours say who it is: ours, a limit, a peer. Whiskers are the least and the most over the rounds.
 """
@@ -52,10 +54,10 @@ def _latency(found: Sequence[Group]) -> Any:
 
 
 def _inference(found: Sequence[Group]) -> Any:
-    return _bars(found, ("minilm", "digits", "efficientnet"), "a second", columns=1)
+    return _bars(found, ("minilm", "digits", "efficientnet"), "a second", columns=1, scale="linear")
 
 
-def _bars(found: Sequence[Group], measures: Sequence[str], unit: str, *, columns: int) -> Any:
+def _bars(found: Sequence[Group], measures: Sequence[str], unit: str, *, columns: int, scale: str = "log") -> Any:
     """One panel a measure, a bar a subject and variant, the best on top."""
     panels = [(measure, [g for g in found if g.measure == measure and g.spread]) for measure in measures]
     panels = [(measure, some) for measure, some in panels if some]
@@ -79,8 +81,10 @@ def _bars(found: Sequence[Group], measures: Sequence[str], unit: str, *, columns
         for i, (median, up) in enumerate(zip(medians, most, strict=True)):
             shown = f" {median:,.3g}" if median < 1000 else f" {median:,.0f}"
             place.annotate(shown, (median + up, i), va="center", fontsize=7)
-        place.set_xscale("log")
+        place.set_xscale(scale)
         place.margins(x=0.15)
+        if scale == "linear":
+            place.set_xlim(left=0.0)
         place.set_title(f"{measure} ({some[0].last.unit})", fontsize=10)
         place.spines[["top", "right"]].set_visible(False)
     picture.tight_layout()
