@@ -177,8 +177,8 @@ class Buffer(Generic[T]):
             run = self._runs[0]
         else:  # the oldest of equals
             run = max((r for r in self._runs if r[0].item.priority == first.item.priority), key=self._fullness)
-        self._runs.remove(run)
         gone = set(map(id, run))
+        self._runs = [other for other in self._runs if other is not run]
         self._pool = [candidate for candidate in self._pool if id(candidate) not in gone]
         return [item for item, _ in run]
 
@@ -209,11 +209,14 @@ class Buffer(Generic[T]):
         for p, queue in self._waiting.items():
             gone.extend(item for item in queue if unwanted(item))
             self._waiting[p] = deque(item for item in queue if not unwanted(item))
-        left = [candidate for candidate in self._pool if unwanted(candidate.item)]
-        if left:
-            gone.extend(item for item, _ in left)
-            self._pool = [candidate for candidate in self._pool if candidate not in left]
-            self._cut_by = None
+        kept: list[_Candidate[T]] = []
+        for candidate in self._pool:
+            if unwanted(candidate.item):
+                gone.append(candidate.item)
+            else:
+                kept.append(candidate)
+        if len(kept) < len(self._pool):
+            self._pool, self._cut_by = kept, None
         self._count -= len(gone)
         return gone
 
