@@ -35,6 +35,7 @@ HELD_SECONDS = 1.0  # of work that a worker holds itself (`pace.AHEAD_SECONDS`),
 WAY_SECONDS = 0.25  # that a chunk may take from SQL through Redis to a worker, and that a rate may be off by
 PER_WORKER = 2  # chunks: one to run and one to prepare
 LEAST = 4  # chunks, where no worker is known yet
+DRY = 5  # times: idle workers take in as many windows of two chunks each before they run any (8 messages, 2 held)
 MOST = 512  # chunks: half a megabyte of Redis, more than any model's workers take in a moment
 FLEET_SECONDS = 1.0  # for which the answer about the workers is used again
 LOOK_SECONDS = 3.0  # between two looks at which messages of a model are still there
@@ -74,26 +75,31 @@ def room(depths: Mapping[int, int], size: int) -> dict[int, int]:
 
 
 class Demand:
-    """How much more than its window a model's queue should hold, since it was found empty after it had been filled.
+    """How much more than its window a model's queue should hold, since it ran dry again and again.
 
     Heartbeats tell of a rate after seconds, and chunks of few jobs are gone in milliseconds: the queue doubles as long
     as it runs dry, and halves while it does not (as TCP's slow start, RFC 5681, does with what is on its way).
     """
 
-    __slots__ = ("_grown", "is_full")
+    __slots__ = ("_dry", "grown", "is_full")
 
     def __init__(self) -> None:
-        self._grown = 0
+        self.grown = 0  # chunks
+        self._dry = 0  # how often in a row
         self.is_full = False  # after what was sent last
 
     def found(self, waiting: int, size: int) -> int:
         """Return how many chunks should be in Redis, where `waiting` were found there and `size` is the window."""
-        wanted = max(self._grown, size)
+        wanted = max(self.grown, size)
         if self.is_full and not waiting:
-            self._grown = min(2 * wanted, max(MOST, size))
-        elif 2 * waiting > wanted:
-            self._grown //= 2
-        return max(self._grown, size)
+            self._dry += 1
+            if self._dry >= DRY:
+                self.grown = min(2 * wanted, max(MOST, size))
+        else:
+            self._dry = 0
+            if 2 * waiting > wanted:
+                self.grown //= 2
+        return max(self.grown, size)
 
 
 class Announcer:
@@ -136,7 +142,7 @@ class Announcer:
         second claim of a chunk gets nothing. Raises as `announce`.
         """
         queue = messages.queue_name(model)
-        size = self._window(model)
+        size = max(self._window(model), self._demand[model].grown)
         if not any(self._broker.depths(queue).values()):
             return self.send(model, self._chunks.announce_again(self._id(model), LOST_AFTER, max(size, LEAST)))
         if time.monotonic() - self._looked.get(model, -math.inf) < min(LOOK_SECONDS, self._settings.announce_again):
